@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench organism notebooks wheel clean
+
+demo: $(VENV)/.installed  ## the main job on the embedded organism; writes demo/report.html
+	$(BIN)/veridical demo --out demo
+
+test: $(VENV)/.installed-dev  ## the whole test suite
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed-dev  ## speed against peers; rewrites the tables in tests/benchmarks/results
+	$(BIN)/python tests/benchmarks/bench_collect.py --write
+	$(BIN)/python tests/benchmarks/bench_probe.py --write
+
+organism: $(VENV)/.installed  ## trains data/tiny-liar again from nothing (under an hour on 2 cores)
+	$(BIN)/python -m veridical.organisms.make tiny-liar --out data/tiny-liar
+
+notebooks: $(VENV)/.installed-dev  ## executes notebooks/*.py into the .ipynb beside them
+	$(BIN)/python tests/test_notebooks.py
+
+wheel:  ## dist/veridical-*.whl, which carries data/
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) demo build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing veridical into $(VENV) (about two minutes)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing veridical and what its tests need into $(VENV) (about three minutes)"
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.installed
