@@ -1,0 +1,66 @@
+"""Calibrated instruments for asking a model what it represents and whether it says what it believes.
+
+Names are loaded when first used: `import veridical` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veridical.activations import Activations, collect
+    from veridical.errors import VeridicalError
+    from veridical.models import HookedModel, load
+    from veridical.pairs import Pairs, check_beliefs
+    from veridical.probes import LogisticProbe, ProbeSweep, fit_probes, load_probe, view_tokens
+    from veridical.reporting import report
+    from veridical.sites import Site
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "HookedModel",
+    "LogisticProbe",
+    "Pairs",
+    "ProbeSweep",
+    "Site",
+    "VeridicalError",
+    "check_beliefs",
+    "collect",
+    "fit_probes",
+    "load",
+    "load_probe",
+    "report",
+    "view_tokens",
+]
+
+_HOME = {
+    "Activations": "activations",
+    "HookedModel": "models",
+    "LogisticProbe": "probes",
+    "Pairs": "pairs",
+    "ProbeSweep": "probes",
+    "Site": "sites",
+    "VeridicalError": "errors",
+    "check_beliefs": "pairs",
+    "collect": "activations",
+    "fit_probes": "probes",
+    "load": "models",
+    "load_probe": "probes",
+    "report": "reporting",
+    "view_tokens": "probes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'veridical' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"veridical.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,151 @@
+"""One frozen dataclass for each verb: the API's options, the flags, a recipe's keys, the saved JSON.
+
+A recipe is YAML; an unknown key, there or among keyword arguments, is refused with the nearest valid one.
+Nothing here imports torch, so that `veridical --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic.dataclasses import dataclass
+
+from veridical.errors import ConfigError, unknown
+
+STRICT = pydantic.ConfigDict(extra="forbid", validate_default=False)
+DType = Literal["float32", "float16", "bfloat16"]
+Sites = str | tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CollectConfig:
+    """What to read from a model, over which tokens, and where to keep it."""
+
+    sites: Sites = "resid_post.*"
+    """Sites to read: names, globs or raw module paths (several: separate with commas)."""
+    tokens: str | int = "last"
+    """Tokens to read: last, mean, all, answer, prompt_last, span, or an index (-1 is the last real token)."""
+    store: Path | None = None
+    """Folder of the store; memory only when not given."""
+    dtype: DType = "float32"
+    """Number format of the stored activations."""
+    batch_tokens: int = 2048
+    """Tokens in one batch, padding included. 2048 suits the caches of a few cores; raise it on a GPU."""
+    shard_mb: int = 256
+    """Size of one shard file. A shard is the unit of resuming: a killed run repeats at most one."""
+    max_length: int | None = None
+    """Longest prompt in tokens; the model's context when not given."""
+    on_long: Literal["error", "truncate"] = "error"
+    """What to do with a prompt over max_length."""
+    padding: Literal["right", "left"] = "right"
+    """Side of the padding inside a batch; both give the same numbers."""
+    progress: bool | None = None
+    """Progress bar; by default only on a terminal or in a notebook."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProbeConfig:
+    """How probes are selected, fitted, and judged."""
+
+    target: str = "label"
+    """Label column to predict."""
+    where: tuple[str, ...] = ()
+    """Row conditions such as instructed_to_lie=True; rows that fail one are left out."""
+    folds: int = 5
+    """Folds by pair, in which site and strength are chosen."""
+    test_fraction: float = 0.3
+    """Share of the pairs held out for the reported figures (a split column in the data wins)."""
+    strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """Inverse L2 strengths C that are tried."""
+    bootstrap: int = 500
+    """Resamples of whole pairs for the 95 % intervals."""
+    shuffles: int = 20
+    """Fits on labels permuted over pairs, for the control."""
+    text_baseline: bool = True
+    """Fit TF-IDF with logistic regression on the text alone, with the same folds."""
+    seed: int = 0
+    """Seed of folds, bootstraps and shuffles."""
+    progress: bool | None = None
+    """Progress bar; by default only on a terminal or in a notebook."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BeliefConfig:
+    """How a model is asked for its beliefs, and when an answer counts as knowledge."""
+
+    style: Literal["auto", "text", "letters"] = "auto"
+    """Options scored as their own text or as letters; auto takes letters if one is over 4 words long."""
+    orders: int = 2
+    """Orders of the options per prompt."""
+    known_probability: float = 0.75
+    """Least mean probability of the believed option for a fact to count as known."""
+    known_agreement: float = 0.75
+    """Least share of honest prompts and orders that agree on it."""
+    known_by: Literal["question", "pair"] = "question"
+    """What has to pass those thresholds: each question by itself, or all questions of its pair together."""
+    honest_prompts: int = 4
+    """Honest system prompts under which every question is asked."""
+    lying_prompts: int = 4
+    """Lying system prompts, where questions without prompts of their own are made into rows."""
+    min_coverage: float = 0.5
+    """Probability on the options below which the report asks for another style."""
+    batch_tokens: int = 4096
+    """Tokens in one batch."""
+    seed: int = 0
+    """Seed of the option orders."""
+    progress: bool | None = None
+    """Progress bar; by default only on a terminal or in a notebook."""
+
+
+Config = TypeVar("Config")
+
+
+def build(cls: type[Config], base: Config | None = None, **options: Any) -> Config:
+    """An instance of `cls` from `base` and `options` (options win).
+
+    Raises:
+        UnknownNameError: An option that `cls` does not have; names the nearest.
+        ConfigError: A value of the wrong type.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in names:
+            raise unknown(f"option of {cls.__name__}", name, names)
+    values = {} if base is None else {name: getattr(base, name) for name in names}
+    try:
+        return cls(**{**values, **options})
+    except pydantic.ValidationError as error:
+        raise ConfigError(_one_line(error, cls.__name__)) from error
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML recipe."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no recipe at {path}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path} holds a {type(recipe).__name__}; expected keys and values")
+    return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain JSON values, for saving beside an output."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _one_line(error: pydantic.ValidationError, name: str) -> str:
+    said = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or name
+        said.append(f"{where} = {problem.get('input')!r}: {problem['msg']}")
+    return f"invalid {name}: " + "; ".join(dict.fromkeys(said))

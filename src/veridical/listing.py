@@ -1,0 +1,143 @@
+"""What `veridical ls` shows: embedded models and pairs, and the probes, stores and runs in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from veridical import organisms
+from veridical.errors import InputError, StoreError, VeridicalError
+from veridical.files import read_json
+
+DEPTH = 4
+SKIPPED = {"node_modules", "site-packages", "__pycache__"}
+HEADINGS = ("name", "kind", "size", "what it holds")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the list."""
+
+    name: str
+    kind: str
+    size: str
+    figure: str
+
+
+def listing(folder: Path) -> str:
+    """Embedded things, then what is in `folder`, as aligned text.
+
+    Raises:
+        InputError: `folder` does not exist.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no folder at {folder}")
+    here = list(found(folder))
+    try:
+        inside = _aligned(list(embedded()))
+    except StoreError as error:  # a copy of the package without its data can still list a folder
+        inside = [f"  {error}"]
+    lines = ["Embedded (use the name as --model or --data)", *inside, "", f"In {folder}"]
+    return "\n".join([*lines, *(_aligned(here) if here else ["  no probe, store or run"])])
+
+
+def embedded() -> Iterator[Item]:
+    """The models and pairs that come with the package."""
+    for name in organisms.NAMES:
+        folder = organisms.path(name)
+        if (folder / "config.json").is_file():
+            yield Item(name, "model", _size(folder), _model_figure(read_json(folder / "config.json")))
+    for name in organisms.PAIRS:
+        file = organisms.embedded_pairs(name)
+        if file.is_file():
+            yield Item(name, "pairs", _size(file), _pairs_figure(file))
+
+
+def found(folder: Path) -> Iterator[Item]:
+    """Probes, stores and runs in `folder`, at most four levels deep."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        depth = len(here.relative_to(folder).parts)
+        folders[:] = sorted(
+            name for name in folders if depth < DEPTH and not name.startswith(".") and name not in SKIPPED
+        )
+        try:
+            item = _item(here, set(names))
+        except (VeridicalError, KeyError, TypeError, AttributeError):
+            item = Item(str(here), "?", _size(here), "cannot be read: damaged, or not written by veridical")
+        if item is not None:
+            yield item
+
+
+def _item(here: Path, names: set[str]) -> Item | None:
+    if "manifest.json" in names:
+        return _store(here)
+    if {"config.json", "weights.safetensors"} <= names:
+        return _probe(here)
+    if {"config.json", "provenance.json", "section.json"} <= names:
+        return _run(here)
+    return None
+
+
+def _store(here: Path) -> Item | None:
+    manifest = read_json(here / "manifest.json")
+    if not str(manifest.get("format", "")).startswith("veridical"):
+        return None
+    sites = manifest.get("request", manifest).get("sites", ())
+    said = f"{len(sites)} site{'s' if len(sites) != 1 else ''}, {manifest.get('status', 'status unknown')}"
+    return Item(str(here), "store", _size(here), said)
+
+
+def _probe(here: Path) -> Item | None:
+    config = read_json(here / "config.json")
+    if "origin" not in config:
+        return None
+    origin = config["origin"]
+    metrics = read_json(here / "metrics.json").get("metrics", {})
+    said = [part for part in (origin.get("target"), origin.get("site")) if part]
+    if "auroc" in metrics:
+        said.append(f"AUROC {metrics['auroc']:.3f}")
+    return Item(str(here), "probe", _size(here), ", ".join(said))
+
+
+def _run(here: Path) -> Item:
+    facts = read_json(here / "provenance.json")
+    sections = [here / "section.json", *sorted(here.glob("*/section.json"))]
+    heads = [head for file in sections for head in read_json(file).get("headline", ())]
+    said = (
+        f"{heads[0][0]}: {heads[0][1]}" if heads else f"{facts.get('model', '')} on {facts.get('data', '')}"
+    )
+    return Item(str(here), f"run ({facts['verb']})" if "verb" in facts else "sweep", _size(here), said)
+
+
+def _model_figure(config: dict[str, Any]) -> str:
+    return (
+        f"{config.get('model_type')}, {config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
+    )
+
+
+def _pairs_figure(file: Path) -> str:
+    from pyarrow import parquet
+
+    return f"{parquet.ParquetFile(file).metadata.num_rows:,} rows"
+
+
+def _size(path: Path) -> str:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = float(sum(file.stat().st_size for file in files))
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _aligned(items: Sequence[Item]) -> list[str]:
+    rows = [HEADINGS, *(astuple(item) for item in items)]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in rows
+    ]

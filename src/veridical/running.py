@@ -1,0 +1,333 @@
+"""What each verb does once its options are known to be good: the API in order, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from veridical.config import BeliefConfig, CollectConfig, ProbeConfig, build, to_dict
+from veridical.console import said_where, step
+from veridical.errors import ConfigError, unknown
+from veridical.examples import one_of_each, token_section
+from veridical.files import read_json, write_json
+from veridical.provenance import fingerprint, provenance
+from veridical.reporting import Section, report
+from veridical.verbs import CollectVerb, DemoVerb, Inputs, LsVerb, ProbeVerb, ReportVerb
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from veridical.activations import Activations
+    from veridical.models import HookedModel
+    from veridical.pairs import Pairs
+    from veridical.probes import ProbeSweep
+
+log = logging.getLogger(__name__)
+Config = TypeVar("Config")
+
+BELIEF_LABELS = frozenset({"believed", "known", "lied", "refused_to_lie", "confused"})
+INTRO = """\
+A probe is a linear classifier on a model's activations. AUROC is the chance that it scores a random \
+positive above a random negative: 0.5 is chance, 1 is perfect. Every figure is measured on pairs that no \
+probe was fitted on, and stands beside what the text alone gives away and what shuffled labels give."""
+TOKENS = "The best probe at every token of two rows that were held out, one of each class."
+
+
+# The verbs
+
+
+def probe(options: ProbeVerb) -> Path:
+    """Pairs, beliefs if needed, activations, probes, report; returns the folder."""
+    options.require("probe")
+    out = options.out or _folder("probe", options)
+    with step("model"):
+        model = load_model(options)
+    with step("data"):
+        pairs = load_pairs(options, options.seed)
+    log.info("  %s", pairs)
+    check_columns(options, pairs)
+    sections: dict[str, Section | None] = {}
+    if _wants_beliefs(options, pairs):
+        with step("beliefs"):
+            pairs = check_beliefs_into(out / "beliefs", model, pairs, part(BeliefConfig, options))
+    cut = said_cut(model, pairs, options)
+    with step("activations"):
+        acts = collect_into(options.store or out / "activations", model, pairs, options)
+    with step("probes"):
+        sweep = fit(acts, options)
+    sweep.save(out / "sweep")
+    sections["sweep"] = sweep.report_section()
+    sections["tokens"] = tokens_of(model, sweep, acts, pairs)
+    sections["data"] = replace(pairs.report_section(), headline=())
+    sections["activations"] = replace(acts.report_section(), headline=())
+
+    for name, section in sections.items():
+        if section is not None:
+            section.save(out / name)
+    overview(model, pairs, options, cut).save(out)
+    keep(out, options, model, pairs, metrics=sweep_metrics(sweep))
+    title = f"Probes for {options.target}: {_short(model.path)} on {pairs.name}"
+    page = report(out, out / "report.html", title=title, intro=INTRO)
+    log.info("%s", sweep)
+    log.info("best probe: %s", out / "sweep" / "best")
+    said_where(page)
+    return out
+
+
+def collect(options: CollectVerb) -> Path:
+    """Activations into a store; returns its folder."""
+    options.require("collect")
+    folder = options.store or _folder("collect", options)
+    with step("model"):
+        model = load_model(options)
+    with step("data"):
+        pairs = load_pairs(options, options.seed)
+    log.info("  %s", pairs)
+    said_cut(model, pairs, options)
+    with step("activations"):
+        acts = collect_into(folder, model, pairs, options)
+    acts.report_section().save(folder)
+    metrics = {"rows": len(pairs), "vectors": len(acts.index), "sites": list(map(str, acts.sites))}
+    keep(folder, options, model, pairs, metrics=metrics)
+    log.info("%s", acts)
+    log.info("store: %s", folder)
+    return folder
+
+
+def assemble(options: ReportVerb) -> Path:
+    """Saved runs as one page; returns its path."""
+    if not options.folders:
+        raise ConfigError(
+            "report needs at least one folder that a veridical verb wrote; see veridical report --help"
+        )
+    page = options.out if options.out.suffix in (".html", ".htm") else options.out / "report.html"
+    report(options.folders, page, title=options.title, intro=options.intro)
+    write_json(page.with_suffix(".config.json"), to_dict(options))
+    write_json(page.with_suffix(".provenance.json"), provenance(verb="report"))
+    said_where(page)
+    return page
+
+
+def ls(options: LsVerb) -> None:
+    """Prints what is embedded and what a folder holds."""
+    from veridical.listing import listing
+
+    log.info("%s", listing(options.folder))
+
+
+def demo(options: DemoVerb) -> Path:
+    """The main job on the embedded organism; returns the page."""
+    from veridical.demo import run_demo
+
+    page = run_demo(options.out, progress=options.progress)
+    write_json(options.out / "config.json", to_dict(options))
+    said_where(page)
+    return page
+
+
+RUN: dict[str, Callable[[Any], Any]] = {
+    "demo": demo,
+    "collect": collect,
+    "probe": probe,
+    "report": assemble,
+    "ls": ls,
+}
+
+
+# Their steps
+
+
+def load_model(options: Inputs) -> HookedModel:
+    """The model that the options name."""
+    from veridical.models import load
+
+    return load(
+        options.model,
+        device=options.device,
+        dtype=options.model_dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def load_pairs(options: Inputs, seed: int) -> Pairs:
+    """The data that the options name, cut to `limit` pairs drawn at random."""
+    from veridical.pairs import Pairs
+
+    pairs = Pairs.load(str(options.data), adapter=options.adapter)
+    return pairs if options.limit is None else limited(pairs, options.limit, seed)
+
+
+def limited(pairs: Pairs, limit: int, seed: int) -> Pairs:
+    """At most `limit` whole pairs, drawn with the seed; rows keep their order."""
+    import numpy as np
+
+    groups = np.unique(pairs.groups)
+    if len(groups) <= limit:
+        return pairs
+    kept = np.random.default_rng(seed).choice(groups, size=limit, replace=False)
+    return pairs.filter(np.isin(pairs.groups, kept))
+
+
+def check_beliefs_into(folder: Path, model: HookedModel, pairs: Pairs, config: BeliefConfig) -> Pairs:
+    """The pairs with the labels of belief, kept in `folder`; what was asked there before is read back."""
+    from veridical.pairs import Pairs, check_beliefs
+
+    asked = fingerprint(
+        [model.fingerprint(), pairs.fingerprint, json.dumps(_lasting(config), sort_keys=True)]
+    )
+    key, file = folder / "asked.json", folder / "pairs.parquet"
+    if not (key.is_file() and file.is_file() and read_json(key) == {"asked": asked}):
+        key.unlink(missing_ok=True)
+        check_beliefs(model, pairs, config).save(file)
+        write_json(key, {"asked": asked})
+    saved = Pairs.load(f"./{file}" if not file.is_absolute() else file)
+    checked = Pairs(saved.dataset, pairs.name, saved.beliefs)
+    log.info("  %s", checked.beliefs)
+    if checked.beliefs is not None:
+        checked.beliefs.report_section().save(folder)
+    return checked
+
+
+def check_columns(options: ProbeVerb, pairs: Pairs) -> None:
+    """Refuses a target or a condition on a column that the data won't have, before anything costs time.
+
+    Raises:
+        UnknownNameError: Names the nearest column.
+    """
+    columns = [*pairs.columns, *sorted(BELIEF_LABELS)]
+    for name in _asked(options):
+        if name not in columns:
+            raise unknown("column", name, columns)
+
+
+def collect_into(folder: Path, model: HookedModel, pairs: Pairs, options: CollectConfig) -> Activations:
+    """Activations of all rows in a store that goes on where it was stopped."""
+    from veridical.activations import collect
+
+    config = part(CollectConfig, options)
+    tokens = int(config.tokens) if re.fullmatch(r"-?\d+", str(config.tokens)) else config.tokens
+    sites = config.sites.split(",") if isinstance(config.sites, str) else config.sites
+    names = tuple(name.strip() for name in sites)
+    return collect(model, pairs, build(CollectConfig, config, store=folder, tokens=tokens, sites=names))
+
+
+def fit(acts: Activations, options: ProbeVerb) -> ProbeSweep:
+    """Probes at every site."""
+    from veridical.probes import fit_probes
+
+    return fit_probes(acts, part(ProbeConfig, options))
+
+
+def part(cls: type[Config], options: Any) -> Config:
+    """The fields of a verb that belong to the API's config `cls`."""
+    return build(cls, **{field.name: getattr(options, field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
+
+# What is kept
+
+
+def keep(
+    folder: Path, options: Any, model: HookedModel, pairs: Pairs, *, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes config.json, provenance.json and metrics.json into `folder`; returns the facts of the run."""
+    facts = {
+        "verb": type(options).__name__.removesuffix("Verb").lower(),
+        "model": str(model.path),
+        "model_fingerprint": model.fingerprint(),
+        "data": pairs.name,
+        "data_fingerprint": pairs.fingerprint,
+        "seed": getattr(options, "seed", None),
+    }
+    write_json(folder / "config.json", to_dict(options))
+    write_json(folder / "provenance.json", provenance(**facts))
+    write_json(folder / "metrics.json", metrics)
+    return facts
+
+
+def sweep_metrics(sweep: ProbeSweep) -> dict[str, Any]:
+    """The figures of the site that the folds chose, and of every site, as JSON values."""
+    return {"best_site": sweep.best_site, "best": sweep.metrics, "sites": records(sweep.to_frame())}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as JSON values; what is not a number becomes null."""
+    return json.loads(str(frame.reset_index(drop=True).to_json(orient="records")))
+
+
+def overview(model: HookedModel, pairs: Pairs, options: ProbeVerb, cut: str) -> Section:
+    """What was run on what, in a few sentences."""
+    condition = f", on rows where {' and '.join(options.where)}" if options.where else ""
+    text = (
+        f"Column {options.target} of {pairs.name} ({len(pairs):,} rows) is predicted from {options.sites} "
+        f"of {model.path}, a model with {model.n_layers} layers of width {model.d_model}. Token selection: "
+        f"{options.tokens}{condition}."
+    )
+    return Section(title="What was run", text=f"{text}\n\n{cut}" if cut else text)
+
+
+def tokens_of(model: HookedModel, sweep: ProbeSweep, acts: Activations, pairs: Pairs) -> Section | None:
+    """The best probe over two rows that were held out, one of each class."""
+    rows = one_of_each(acts, sweep.config, pairs.texts)
+    return token_section(model, sweep.best(), pairs, rows, TOKENS)
+
+
+def said_cut(model: HookedModel, pairs: Pairs, options: CollectConfig) -> str:
+    """How many rows are longer than the model takes, in words; "" when none is."""
+    if options.on_long == "error":
+        return ""
+    longest = options.max_length or model.context_length or None
+    cut = count_cut(model, pairs, longest)
+    if not cut:
+        return ""
+    said = f"{cut:,} of {len(pairs):,} rows are longer than {longest:,} tokens and were cut at the start."
+    log.info("  %s", said)
+    return said
+
+
+def count_cut(model: HookedModel, pairs: Pairs, longest: int | None) -> int:
+    """Rows with more than `longest` tokens, completion included."""
+    from veridical.tokens import encode
+
+    if longest is None or model.tokenizer is None:
+        return 0
+    prompts, completions, cut = pairs.prompts, pairs.completions, 0
+    for start in range(0, len(prompts), 1000):
+        rows = slice(start, start + 1000)
+        said = None if completions is None else completions[rows]
+        found = encode(model.tokenizer, prompts[rows], said, drop_end=model.kind == "causal")
+        cut += sum(len(row.ids) > longest for row in found)
+    return cut
+
+
+def _lasting(config: BeliefConfig) -> dict[str, Any]:
+    """The options that decide the answers."""
+    return {
+        name: value for name, value in to_dict(config).items() if name not in ("batch_tokens", "progress")
+    }
+
+
+def _wants_beliefs(options: ProbeVerb, pairs: Pairs) -> bool:
+    if options.beliefs is not None:
+        return options.beliefs
+    return bool((_asked(options) & BELIEF_LABELS) - set(pairs.columns))
+
+
+def _asked(options: ProbeVerb) -> set[str]:
+    """The columns that the target and the conditions name."""
+    return {options.target, *(re.split(r"[=!<>]", condition)[0].strip() for condition in options.where)}
+
+
+def _folder(verb: str, options: Inputs) -> Path:
+    return Path("runs") / f"{verb}-{_short(str(options.model))}-{_short(str(options.data))}"
+
+
+def _short(name: object) -> str:
+    """The last part of a path or hub name, safe for a folder name."""
+    last = Path(str(name)).name
+    stem = Path(last).stem if re.search(r"\.(csv|tsv|jsonl?|parquet|gz|txt)$", last) else last
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model"
