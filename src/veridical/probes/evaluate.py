@@ -1,0 +1,162 @@
+"""What a score is worth on held-out rows: figures, intervals that resample whole pairs, labels permuted over
+pairs.
+
+AUROC is the Mann-Whitney statistic with ties counted half. Intervals are percentile intervals of the cluster
+bootstrap (Davison and Hinkley 1997, section 3.8): pairs are drawn with replacement and bring all their rows,
+since rows of one pair are not independent. All resamples are computed at once, from weights on rows sorted
+once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+METRICS = ("auroc", "accuracy", "recall_at_1pct_fpr")
+FALSE_POSITIVES = 0.01
+CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval; NaN where it cannot be had."""
+
+    value: float
+    low: float
+    high: float
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """AUROC of each column of `scores` `[n, k]` for labels `[n]` or `[n, k]`; NaN with one class."""
+    positive = np.broadcast_to(positive if positive.ndim == 2 else positive[:, None], scores.shape)
+    count = positive.sum(0)
+    others = len(scores) - count
+    ranks = rankdata(scores, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ((ranks * positive).sum(0) - count * (count + 1) / 2) / (count * others)
+
+
+def settled(scores: np.ndarray) -> np.ndarray:
+    """Scores `[n, k]` with differences that only rounding made taken out (1e-10 of each column's spread).
+
+    Equal activations, such as those of a first token that all rows share, must tie in a ranking; matrix
+    products may give them last digits of their own.
+    """
+    spread = np.abs(scores - scores.mean(0)).max(0)
+    step = 10.0 ** (np.floor(np.log10(np.where(spread > 0, spread, 1))) - 10)
+    return np.round(scores / step) * step
+
+
+def weighted_metrics(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Every figure of `METRICS` for each row of weights.
+
+    Args:
+        scores: `[n]`, decision values; above 0 is called positive.
+        positive: `[n]` bool.
+        weights: `[r, n]`, how often each row counts in each resample.
+
+    Returns:
+        Arrays `[r]`; NaN where a resample holds one class only.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered, labels = scores[order], positive[order]
+    ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
+    right = (scores > 0) == positive
+    out = {name: np.empty(len(weights)) for name in METRICS}
+    step = max(1, CHUNK_ELEMENTS // max(1, len(scores)))
+    for first in range(0, len(weights), step):
+        part = weights[first : first + step].astype(np.float64)
+        # Cumulative counts at the end of each run of equal scores, so that ties are never split.
+        hits = np.cumsum(part[:, order] * labels, 1)[:, ends]
+        alarms = np.cumsum(part[:, order] * ~labels, 1)[:, ends]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            recall, false = hits / hits[:, -1:], alarms / alarms[:, -1:]
+            before = np.concatenate([np.zeros((len(part), 1)), recall[:, :-1]], 1)
+            width = np.diff(false, axis=1, prepend=0)
+            values = {
+                "auroc": (width * (recall + before) / 2).sum(1),
+                "accuracy": (part * right).sum(1) / part.sum(1),
+                "recall_at_1pct_fpr": np.where(false <= FALSE_POSITIVES + 1e-12, recall, 0).max(1),
+            }
+        single = (hits[:, -1] == 0) | (alarms[:, -1] == 0)
+        for name, value in values.items():
+            out[name][first : first + step] = np.where(single, np.nan, value)
+    return out
+
+
+def resample_weights(groups: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """How often each row counts in `n` resamples of whole pairs, `[n, rows]` int32."""
+    _, codes = np.unique(groups, return_inverse=True)
+    count = int(codes.max()) + 1
+    random = np.random.default_rng([seed, 1])
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=n).astype(np.int32)
+    return drawn[:, codes]
+
+
+def estimate(value: float, resampled: np.ndarray) -> Estimate:
+    """A figure with the middle 95 % of its resampled values."""
+    resampled = resampled[np.isfinite(resampled)]
+    if not len(resampled):
+        return Estimate(float(value), float("nan"), float("nan"))
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high))
+
+
+def measure(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dict[str, Estimate]:
+    """Every figure of `METRICS` with its interval, from the resamples `weights` `[r, n]`."""
+    whole = weighted_metrics(scores, positive, np.ones((1, len(scores))))
+    resampled = weighted_metrics(scores, positive, weights)
+    return {name: estimate(whole[name][0], resampled[name]) for name in METRICS}
+
+
+def difference(scores: np.ndarray, others: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> Estimate:
+    """AUROC of `scores` minus that of `others` on the same rows; both see the same resamples."""
+    both = np.stack([scores, others], 1)
+    whole = auroc(both, positive)
+    first, second = (weighted_metrics(column, positive, weights)["auroc"] for column in both.T)
+    return estimate(whole[0] - whole[1], first - second)
+
+
+def share(flags: np.ndarray, weights: np.ndarray) -> Estimate:
+    """Share of rows with a flag, with its interval."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        resampled = (weights * flags).sum(1) / weights.sum(1)
+    return estimate(float(flags.mean()), resampled)
+
+
+def permute_over_pairs(
+    positive: np.ndarray, groups: np.ndarray, units: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """Labels that keep how pairs are labelled, and say nothing of the rows.
+
+    Each pair takes over the labels of another pair of as many rows (drawn at random), in a random order. A
+    label that is constant within pairs stays so; a pair with one row of each class keeps one of each.
+
+    Args:
+        positive: `[n]` bool.
+        groups: `[n]`, pair of each row.
+        units: `[n]`, data row of each vector; the vectors of one data row keep one label.
+        random: Source of the draws.
+    """
+    _, first, unit_of = np.unique(units, return_index=True, return_inverse=True)
+    labels = positive[first]
+    _, pair_of = np.unique(groups[first], return_inverse=True)
+    rows = np.argsort(pair_of, kind="stable")
+    members = np.split(rows, np.cumsum(np.bincount(pair_of))[:-1])
+    sizes = np.array([len(member) for member in members])
+    permuted = labels.copy()
+    odd = [size for size in np.unique(sizes) if (sizes == size).sum() == 1]
+    for size in np.setdiff1d(np.unique(sizes), odd):
+        alike = np.flatnonzero(sizes == size)
+        for taker, giver in zip(alike, random.permutation(alike)):
+            permuted[members[taker]] = random.permutation(labels[members[giver]])
+    if odd:
+        # Pairs whose size occurs once pass their labels on as one run.
+        takers = [members[i] for i in np.flatnonzero(np.isin(sizes, odd))]
+        givers = [members[i] for i in random.permutation(np.flatnonzero(np.isin(sizes, odd)))]
+        permuted[np.concatenate(takers)] = np.concatenate(
+            [random.permutation(labels[giver]) for giver in givers]
+        )
+    return permuted[unit_of.reshape(-1)]

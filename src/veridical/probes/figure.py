@@ -1,0 +1,112 @@
+"""The figure of a sweep: AUROC by site, with everything that it has to be compared with."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from veridical.reporting import figures
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from veridical.probes.result import ProbeSweep, SiteResult
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(\w+)$")
+_SHORT = re.compile(r"(\w+)\.(\d+)$")
+
+
+def auroc_by_site(sweep: ProbeSweep) -> go.Figure:
+    """One line per kind of site over the layers, or one over the sites where they are not layers."""
+    series = _series(sweep)
+    figure = figures.figure()
+    for number, (kind, points) in enumerate(series.items()):
+        colour = figures.COLOURS[number % len(figures.COLOURS)]
+        estimates = [result.metrics["auroc"] for _, result in points]
+        figures.line_with_band(
+            figure,
+            [x for x, _ in points],
+            [e.value for e in estimates],
+            [e.low for e in estimates],
+            [e.high for e in estimates],
+            name=kind or "probe",
+            colour=colour,
+            hover=[figures.plain(f"{result.site}, C = {result.probe.C:g}") for _, result in points],
+        )
+    if len(sweep.selected_control):
+        _control(figure, series)
+    _mark_best(figure, sweep, series)
+    figures.reference_line(figure, 0.5, "chance")
+    if sweep.text is not None:
+        figures.reference_line(
+            figure, sweep.text["auroc"].value, "text alone", colour=figures.ORANGE, dash="dash"
+        )
+    values = [result.metrics["auroc"].low for result in sweep.results] + [0.5]
+    lowest = float(np.nanmin(values + [float(r.control.min()) for r in sweep.results if len(r.control)]))
+    layers = all(isinstance(x, int) for points in series.values() for x, _ in points)
+    return figures.style(
+        figure,
+        f"AUROC on held-out pairs for {figures.plain(sweep._name, 80)}",
+        "layer" if layers else "site",
+        "AUROC",
+        y_range=(max(0.0, min(0.4, lowest - 0.05)), 1.02),
+    )
+
+
+def _series(sweep: ProbeSweep) -> dict[str, list[tuple[int | str, SiteResult]]]:
+    """Results by kind of site, each at its layer; all by name under "" where one is not of a layer."""
+    series: dict[str, list[tuple[int | str, SiteResult]]] = {}
+    for result in sweep.results:
+        found = _place(result.site)
+        if found is None:
+            return {"": [(figures.plain(result.site, 32), result) for result in sweep.results]}
+        series.setdefault(found[0], []).append((found[1], result))
+    return {kind: sorted(points, key=lambda point: point[0]) for kind, points in series.items()}
+
+
+def _place(site: str) -> tuple[str, int] | None:
+    if match := _BLOCK.match(site):
+        return match[2], int(match[1])
+    if match := _SHORT.match(site):
+        return match[1], int(match[2])
+    return None
+
+
+def _control(figure: go.Figure, series: dict[str, list[tuple[int | str, SiteResult]]]) -> None:
+    for kind, points in series.items():
+        draws = [result.control for _, result in points]
+        figures.line_with_band(
+            figure,
+            [x for x, _ in points],
+            [float(d.mean()) for d in draws],
+            [float(np.quantile(d, 0.05)) for d in draws],
+            [float(np.quantile(d, 0.95)) for d in draws],
+            name="shuffled labels" if len(series) == 1 else f"shuffled labels, {kind}",
+            colour=figures.GREY,
+            dash="dot",
+            markers=False,
+            band="90 % of shuffles",
+        )
+
+
+def _mark_best(
+    figure: go.Figure, sweep: ProbeSweep, series: dict[str, list[tuple[int | str, SiteResult]]]
+) -> None:
+    import plotly.graph_objects as go
+
+    for points in series.values():
+        for x, result in points:
+            if result.site == sweep.best_site:
+                ring = {"size": 15, "symbol": "circle-open", "color": figures.BLACK, "line": {"width": 2}}
+                figure.add_trace(
+                    go.Scatter(
+                        x=[x],
+                        y=[result.metrics["auroc"].value],
+                        mode="markers",
+                        marker=ring,
+                        name="chosen on folds",
+                        hoverinfo="skip",
+                    )
+                )
