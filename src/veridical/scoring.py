@@ -1,0 +1,191 @@
+"""What a model says: log-probabilities of given answers, and generated text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veridical.errors import DataError, InputError
+from veridical.tokens import Prompt, by_length
+
+if TYPE_CHECKING:
+    from veridical.hooked import HookedModel
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text or a chat) or several, as a list."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One option: which input row holds its context, and which tokens follow from where."""
+
+    row: int
+    first: int
+    targets: tuple[int, ...]
+
+
+def option_logprobs(
+    model: HookedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[str]], batch_tokens: int = 4096
+) -> list[np.ndarray]:
+    """Sum of log p over the tokens of each option as the completion of its prompt; see `HookedModel`.
+
+    The last token of an option is only predicted, so options of one token share the prompt's own row, and an
+    option whose context begins another's is read off that row. Only the positions that predict an option's
+    tokens are unembedded, and their softmax is taken in float32.
+    """
+    prompts = list(prompts)
+    if len(prompts) != len(options):
+        raise DataError(
+            f"{len(prompts)} prompts but {len(options)} lists of options; give one for each prompt"
+        )
+    counts = [len(choices) for choices in options]
+    if not prompts or 0 in counts:
+        raise DataError("there are no prompts" if not prompts else f"row {counts.index(0)} has no options")
+    rows, scored = _plan(model, prompts, options)
+    needed: dict[int, list[int]] = {}
+    for index, item in enumerate(scored):
+        needed.setdefault(item.row, []).append(index)
+    sums = np.zeros(len(scored))
+    for batch in by_length([len(row) for row in rows], batch_tokens):
+        _score(model, rows, batch, scored, needed, sums)
+    return list(np.split(sums, np.cumsum(counts)[:-1]))
+
+
+def generate(
+    model: HookedModel, prompts: Prompt | Sequence[Prompt], max_new_tokens: int, **options: Any
+) -> Any:
+    """Greedy continuation unless told to sample; only the new text; see `HookedModel`."""
+    if model.kind != "causal":
+        raise InputError(f"{model.path} is a model of kind {model.kind!r} and does not generate text")
+    listed = as_list(prompts)
+    inputs = model.batch(model.encode(listed), padding_side="left")
+    with torch.no_grad():
+        if model.generates:
+            new = _generate_quickly(model, inputs, max_new_tokens, options)
+        elif options:
+            raise InputError(
+                f"{type(model.model).__name__} generates greedily here and takes no {', '.join(options)}"
+            )
+        else:
+            new = _generate_plainly(model, inputs, max_new_tokens)
+    texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
+    single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+    return texts[0] if single else texts
+
+
+def _plan(
+    model: HookedModel, prompts: list[Prompt], options: Sequence[Sequence[str]]
+) -> tuple[list[tuple[int, ...]], list[_Scored]]:
+    asked = [(prompt, option) for prompt, choices in zip(prompts, options) for option in choices]
+    encoded = model.encode([prompt for prompt, _ in asked], [option for _, option in asked])
+    groups = np.repeat(np.arange(len(prompts)), [len(choices) for choices in options])
+    row_of: dict[tuple[int, ...], int] = {}
+    planned: dict[int, tuple[tuple[int, ...], int, tuple[int, ...]]] = {}
+    for index, item in enumerate(encoded):
+        if item.prompt_tokens >= len(item.ids):
+            raise DataError(f"row {groups[index]}: the option {asked[index][1]!r} has no tokens")
+        if item.prompt_tokens == 0:
+            raise DataError(f"row {groups[index]}: no token stands before the option, so nothing predicts it")
+        planned[index] = item.ids[:-1], item.prompt_tokens - 1, item.ids[item.prompt_tokens :]
+    for group in range(len(prompts)):
+        contexts = {planned[int(index)][0] for index in np.flatnonzero(groups == group)}
+        for context in sorted(contexts, key=len, reverse=True):
+            if context not in row_of:
+                longer = next(
+                    (c for c in contexts if len(c) > len(context) and c[: len(context)] == context), None
+                )
+                row_of[context] = row_of[longer] if longer is not None else len(set(row_of.values()))
+    rows: dict[int, tuple[int, ...]] = {}
+    for context, row in row_of.items():
+        if len(context) > len(rows.get(row, ())):
+            rows[row] = context
+    scored = [_Scored(row_of[context], first, targets) for context, first, targets in planned.values()]
+    return [rows[row] for row in range(len(rows))], scored
+
+
+def _score(
+    model: HookedModel,
+    rows: list[tuple[int, ...]],
+    batch: list[int],
+    scored: list[_Scored],
+    needed: dict[int, list[int]],
+    sums: np.ndarray,
+) -> None:
+    items = [(place, scored[index], index) for place, row in enumerate(batch) for index in needed[row]]
+    first = min(
+        item.first - len(rows[batch[place]]) for place, item, _ in items
+    )  # counted from the right end
+    logits = last_logits(model, [rows[row] for row in batch], -first)
+    kept = logits.shape[1]
+    for place, item, index in items:
+        start = kept + item.first - len(rows[batch[place]])
+        part = logits[place, start : start + len(item.targets)].float()
+        targets = torch.tensor(item.targets, device=part.device)
+        chosen = part.gather(-1, targets[:, None]).squeeze(-1) - part.logsumexp(-1)
+        sums[index] = float(chosen.double().sum())
+
+
+def last_logits(model: HookedModel, rows: Sequence[Sequence[int]], count: int) -> Tensor:
+    """Logits at the last `count` positions of each row, [rows, count, vocabulary], padded on the left."""
+    inputs: dict[str, Any] = model.batch(rows, padding_side="left")
+    if "logits_to_keep" in model.forward_parameters:
+        inputs["logits_to_keep"] = count
+    with torch.no_grad():
+        return model.run(inputs).logits[:, -count:]
+
+
+def _generate_quickly(
+    model: HookedModel, inputs: dict[str, Tensor], count: int, options: dict[str, Any]
+) -> Tensor:
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    chosen: dict[str, Any] = {"do_sample": False, "pad_token_id": _pad(model), **options}
+    if not chosen["do_sample"]:
+        chosen = {"temperature": None, "top_p": None, "top_k": None, **chosen}
+    with quiet():
+        made = model.model.generate(**given, max_new_tokens=count, **chosen)  # type: ignore[operator]
+    return made[:, inputs["input_ids"].shape[1] :]
+
+
+def _generate_plainly(model: HookedModel, inputs: dict[str, Tensor], count: int) -> Tensor:
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    lengths = [len(row) for row in rows]
+    end = getattr(model.tokenizer, "eos_token_id", None)
+    for _ in range(count):
+        following = last_logits(model, rows, 1)[:, -1].argmax(-1).tolist()
+        ended = [len(row) > length and row[-1] == end for row, length in zip(rows, lengths)]
+        rows = [[*row, end if stop else token] for row, token, stop in zip(rows, following, ended)]
+        if all(row[-1] == end for row in rows):
+            break
+    return torch.tensor([row[length:] for row, length in zip(rows, lengths)])
+
+
+def _pad(model: HookedModel) -> int:
+    from veridical import tokens
+
+    return tokens.pad_id(model.tokenizer, getattr(model.model, "config", None))
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Transformers without warnings and progress bars; as it was afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
