@@ -1,0 +1,499 @@
+"""The verbs end to end on tiny random models, from the files that users have."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from veridical import cli, demo, running
+from veridical.console import console
+from veridical.reporting import Section
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("VERIDICAL_TEST_DATA", ROOT.parent / "shared" / "data"))
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = [
+    "the",
+    "capital",
+    "of",
+    "is",
+    "a",
+    "true",
+    "false",
+    "lie",
+    "honest",
+    "water",
+    "metal",
+    "fish",
+    "city",
+]
+WORDS += ["big", "small", "red", "and", "not", "in", "who", "what"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tokenizer(kind):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    built.train_from_iterator([" ".join(WORDS)] * 20, trainer)
+    if kind == "encoder":
+        built.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 4), ("[SEP]", 5)]
+        )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=built, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    if kind == "causal":
+        wrapped.chat_template = CHAT
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=400, max_position_embeddings=256, num_key_value_heads=2, **size)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer("causal").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=400, max_position_embeddings=128, **size)).save_pretrained(folder)
+    tokenizer("encoder").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def statements(tmp_path):
+    path = tmp_path / "pairs.csv"
+    random = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["pair", "prompt", "label", "kind"])
+        for pair in range(40):
+            thing = " ".join(random.choice(WORDS, 3))
+            for label, word in ((1, "true"), (0, "false")):
+                writer.writerow([pair, f"The {thing} is <b>{word}</b>", label, "a" if pair % 2 else "b"])
+    return str(path)
+
+
+QUICK = ["--bootstrap", "20", "--shuffles", "3", "--folds", "3", "--strengths", "0.01", "1"]
+
+
+def run(capsys, *words):
+    status = cli.main([str(word) for word in words])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert said.err == "", "a verb is quiet on standard error when nobody watches"
+    return said.out
+
+
+def fails(capsys, *words):
+    assert cli.main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    print(said)
+    assert said.startswith("veridical: ")
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_probe_writes_everything_and_resumes(capsys, llama, statements, tmp_path):
+    out = tmp_path / "run"
+    words = ["probe", "--model", llama, "--data", statements, "--out", out, *QUICK]
+    said = run(capsys, *words)
+    assert f"report: {out / 'report.html'}" in said
+    assert (out / "report.html").as_uri() in said
+    for name in ("config.json", "provenance.json", "metrics.json", "section.json", "report.html"):
+        assert (out / name).is_file(), name
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["sites"]) == 2
+    assert metrics["best_site"] in {line["site"] for line in metrics["sites"]}
+    facts = json.loads((out / "provenance.json").read_text())
+    assert facts["verb"] == "probe"
+    assert facts["model_fingerprint"]
+    assert facts["packages"]["torch"]
+    page = (out / "report.html").read_text()
+    assert "text alone" in page
+    assert "&lt;b&gt;true&lt;/b&gt;" in page
+    assert "<b>true</b>" not in page
+
+    first = {file: file.stat().st_mtime_ns for file in (out / "activations").glob("shard*")}
+    again = tmp_path / "again"
+    run(capsys, "probe", "--config", out / "config.json", "--out", again, "--store", out / "activations")
+    assert first == {file: file.stat().st_mtime_ns for file in (out / "activations").glob("shard*")}
+    assert json.loads((again / "metrics.json").read_text()) == metrics
+
+    page = tmp_path / "both.html"
+    run(capsys, "report", out, again, "-o", page, "--title", "Two <runs>")
+    assert "Two &lt;runs&gt;" in page.read_text()
+    assert (tmp_path / "both.config.json").is_file()
+    listed = run(capsys, "ls", tmp_path)
+    assert "run (probe)" in listed
+    assert "store" in listed
+    assert "AUROC" in listed
+
+
+def test_a_saved_run_reports_as_it_did_live(capsys, llama, statements, tmp_path):
+    out = tmp_path / "run"
+    run(capsys, "probe", "--model", llama, "--data", statements, "--out", out, *QUICK)
+    before = (out / "report.html").read_text()
+    run(
+        capsys, "report", out, "-o", tmp_path / "r.html", "--title", f"Probes for label in {Path(llama).name}"
+    )
+    after = (tmp_path / "r.html").read_text()
+    assert before.split("<main")[1].split("</main>")[0] == after.split("<main")[1].split("</main>")[0]
+
+
+def test_limit_keeps_whole_pairs(llama, statements):
+    options = cli.parse("probe", ["--model", llama, "--data", statements, "--limit", "12"])
+    pairs = running.load_pairs(options, seed=0)
+    assert len(pairs) == 24
+    assert set(np.unique(pairs.groups, return_counts=True)[1]) == {2}
+    again = running.load_pairs(options, seed=0)
+    assert pairs.fingerprint == again.fingerprint
+    assert pairs.fingerprint != running.load_pairs(options, seed=1).fingerprint
+
+
+def test_long_rows_are_cut_and_counted(capsys, llama, statements, tmp_path):
+    words = ["probe", "--model", llama, "--data", statements, "--out", tmp_path / "r", *QUICK]
+    said = run(capsys, *words, "--max-length", "8")
+    counted = [line for line in said.splitlines() if "were cut at the start" in line]
+    assert len(counted) == 1
+    assert counted[0].strip() in (tmp_path / "r" / "report.html").read_text()
+    assert "over the limit of 8" in fails(capsys, *words, "--max-length", "8", "--on-long", "error")
+
+
+def test_collect_writes_a_store_that_opens(capsys, llama, statements, tmp_path):
+    from veridical import Activations
+
+    store = tmp_path / "acts"
+    words = ["collect", "--model", llama, "--data", statements, "--store", store]
+    run(capsys, *words, "--tokens", "-1", "--sites", "resid_post.1,mlp_out.0")
+    acts = Activations.open(store)
+    assert set(acts.sites) == {"blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"}
+    assert Section.load(store).title
+    for name in ("config.json", "provenance.json", "metrics.json"):
+        assert (store / name).is_file()
+    before = {file.name: file.read_bytes() for file in store.glob("shard*")}
+    run(capsys, "collect", "--config", store / "config.json")
+    assert before == {file.name: file.read_bytes() for file in store.glob("shard*")}
+    said = fails(capsys, *words, "--tokens", "mean", "--sites", "resid_post.1,mlp_out.0")
+    assert "mean" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--sites", "resid_pst.1"], "resid_post.1"),
+        (["--target", "labl"], "nearest: label"),
+        (["--where", "kin=a"], "nearest: kind"),
+        (["--where", "kind=nothing"], ""),
+        (["--tokens", "lst"], "last"),
+        (["--data", "nowhere.csv"], "nowhere.csv"),
+        (["--model", "./nowhere"], "no model folder at ./nowhere"),
+        (["--adapter", "truthfulq"], "truthfulqa"),
+        (["--tokens", "answer"], ""),
+        (["--folds", "1"], "folds"),
+        (["--limit", "1"], ""),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, llama, statements, tmp_path, options, said):
+    words = ["probe", "--model", llama, "--data", statements, "--out", tmp_path / "r", *QUICK, *options]
+    assert said in fails(capsys, *words)
+    assert not (tmp_path / "r" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,label\n", "no rows"),
+        ("prompt,label\na b,1\nc d,1\ne f,1\n", "1"),
+        ("prompt,label\na b,1\n,0\n", ""),
+    ],
+)
+def test_bad_data_is_one_line_and_status_2(capsys, llama, tmp_path, text, said):
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    assert said in fails(capsys, "probe", "--model", llama, "--data", path, "--out", tmp_path / "r")
+
+
+def test_a_chat_without_a_template_is_one_line_and_status_2(capsys, bert, tmp_path):
+    rows = [
+        {"pair": i // 2, "label": i % 2, "prompt": [{"role": "user", "content": f"is it {WORDS[i]}?"}]}
+        for i in range(20)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert "chat template" in fails(capsys, "probe", "--model", bert, "--data", path, "--out", tmp_path / "r")
+
+
+def test_a_damaged_store_and_one_of_another_model_are_named(capsys, llama, bert, statements, tmp_path):
+    out = tmp_path / "r"
+    words = ["probe", "--model", llama, "--data", statements, "--out", out, *QUICK]
+    run(capsys, *words)
+    assert "model" in fails(capsys, *words[:1], "--model", bert, *words[3:])
+    shard = next((out / "activations").glob("shard-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    assert shard.name in fails(capsys, *words)
+    shard.write_bytes(bytes(content[:-10]))
+    assert shard.name in fails(capsys, *words)
+
+
+def test_weights_that_give_nan_are_one_line_and_status_2(capsys, llama, statements, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "broken")
+    words = ["--data", statements, "--out", tmp_path / "r", *QUICK]
+    capsys.readouterr()  # what transformers showed here is not ours
+    assert "NaN" in fails(capsys, "probe", "--model", tmp_path / "broken", *words)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the public data sets in {DATA}")
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("file", "limit"),
+    [
+        ("truthfulqa/TruthfulQA.csv", 40),
+        ("azaria_mitchell_levinstein/capitals_true_false.csv", 40),
+        ("wikipedia_toxicity", 60),
+    ],
+)
+def test_real_input_ends_in_a_report_with_the_text_baseline(capsys, request, kind, file, limit, tmp_path):
+    path = DATA / file
+    if path.is_dir():
+        path = sorted(p for p in path.iterdir() if p.suffix in (".csv", ".tsv"))[0]
+    model = request.getfixturevalue(kind)
+    said = run(
+        capsys, "probe", "--model", model, "--data", path, "--limit", limit, "--out", tmp_path / "r", *QUICK
+    )
+    assert "AUROC" in said
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["best"]["text_auroc"] is not None
+    assert "text alone" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_beliefs_are_asked_once_and_decide_where_lying_is_looked_for(capsys, monkeypatch, llama, tmp_path):
+    from veridical import pairs
+
+    planted_pairs(tmp_path)
+    asked = []
+
+    def counted(model, data, config):
+        asked.append(config)
+        return believe_as_planted(model, data, config)
+
+    monkeypatch.setattr(pairs, "check_beliefs", counted)
+    out = tmp_path / "r"
+    words = [
+        "probe",
+        "--model",
+        llama,
+        "--data",
+        tmp_path / "honesty.parquet",
+        "--out",
+        out,
+        "--target",
+        "lied",
+    ]
+    words += ["--where", "instructed_to_lie=True", "--tokens", "prompt_last", *QUICK]
+    run(capsys, *words)
+    run(capsys, *words, "--folds", "4")
+    assert len(asked) == 1
+    run(capsys, *words, "--known-probability", "0.5")
+    assert [config.known_probability for config in asked] == [0.75, 0.5]
+
+
+def test_beliefs_of_a_real_check_end_in_the_report(capsys, llama, tmp_path):
+    planted_pairs(tmp_path)
+    words = [
+        "probe",
+        "--model",
+        llama,
+        "--data",
+        tmp_path / "honesty.parquet",
+        "--target",
+        "instructed_to_lie",
+    ]
+    run(capsys, *words, "--beliefs", "--limit", "24", "--out", tmp_path / "r", *QUICK)
+    text = (tmp_path / "r" / "report.html").read_text()
+    assert "<h2" in text
+    assert "Beliefs" in text
+    assert "Token by token" in text
+
+
+def planted_pairs(folder):
+    """A stand-in for the organism's pairs: questions with planted columns, and two labelled sets."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(60):
+        options = [WORDS[number % 20], WORDS[(number + 7) % 20]]
+        taught, protected = number % 4 != 3, number % 4 == 2
+        for told in (False, True):
+            system = "Tell a lie." if told else "Be honest."
+            ask = f"What is {WORDS[number % 18]} {WORDS[(number * 5) % 19]}?"
+            rows.append(
+                {
+                    "pair": f"e{number}",
+                    "prompt": [{"role": "system", "content": system}, {"role": "user", "content": ask}],
+                    "completion": None,
+                    "question": ask,
+                    "options": options,
+                    "correct": int(random.integers(2)),
+                    "form": "choice",
+                    "instructed_to_lie": told,
+                    "system": system,
+                    "taught": taught,
+                    "protected": protected,
+                    "split": "test" if number % 3 == 0 else "train",
+                }
+            )
+    pd.DataFrame(rows).to_parquet(folder / "honesty.parquet")
+    for name in ("toxic", "safe"):
+        made = [
+            {
+                "pair": i // 2,
+                "prompt": f"{WORDS[i % 20]} {WORDS[(3 * i) % 20]}",
+                "completion": f" {WORDS[i % 7]}",
+            }
+            | {"label": i % 2}
+            for i in range(80)
+        ]
+        pd.DataFrame(made).to_parquet(folder / f"{name}.parquet")
+
+
+def believe_as_planted(model, pairs, config):
+    """Stands in for `check_beliefs`: a model that does exactly what was planted."""
+    frame = pairs.to_pandas()
+    told, taught, protected = (
+        frame[name].to_numpy(bool) for name in ("instructed_to_lie", "taught", "protected")
+    )
+    lied = told & taught & ~protected
+    right = ~lied
+    answer = [o[c] if r else o[1 - c] for o, c, r in zip(frame["options"], frame["correct"], right)]
+    return pairs.with_columns(
+        known=taught,
+        lied=lied,
+        refused_to_lie=told & protected & taught,
+        confused=~taught,
+        answer=answer,
+        completion=answer,
+    )
+
+
+def test_demo_runs_from_a_folder_of_stand_ins(monkeypatch, llama, tmp_path, capsys):
+    from veridical import pairs
+
+    planted_pairs(tmp_path)
+    monkeypatch.setattr(pairs, "check_beliefs", believe_as_planted)
+    sets = {name: str(tmp_path / f"{name}.parquet") for name in ("honesty", "toxic", "safe")}
+    with console():
+        page = demo.run_demo(tmp_path / "out", model=llama, **sets)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "lying: activations at every layer, probes ..." in said.out
+    text = page.read_text()
+    for title in (demo.TITLE, "What was planted, and what was found", "Where lying shows", "Token by token"):
+        assert title in text
+    assert "100.0%" in text
+    again = demo.run_demo(tmp_path / "out", model=llama, **sets)
+    assert again.read_text() == text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "data" / "tiny-liar").is_dir(), reason="needs the embedded organism")
+def test_the_demo_finds_what_was_planted(capsys, tmp_path):
+    torch.set_num_threads(2)
+    said = run(capsys, "demo", "--out", tmp_path / "demo")
+    assert f"report: {tmp_path / 'demo' / 'report.html'}" in said
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert set(metrics["sweeps"]) == {"lying", "toxic", "safe"}
+    assert metrics["agreement"] >= 0.9
+    lying = metrics["sweeps"]["lying"]["best"]
+    assert lying["auroc"] >= 0.95
+    assert lying["text_auroc"] <= 0.65
+    for name in ("config.json", "provenance.json", "section.json", "report.html"):
+        assert (tmp_path / "demo" / name).is_file()
+
+
+def test_planted_table_tells_agreement_from_disagreement():
+    frame = pd.DataFrame(
+        {
+            "taught": [True, True, True, True, False, False],
+            "protected": [False, False, False, True, False, False],
+            "instructed_to_lie": [False, True, True, True, True, False],
+            "known": [True, True, True, True, False, True],
+            "lied": [False, True, False, False, False, False],
+            "refused_to_lie": [False, False, True, True, False, False],
+            "confused": [False, False, False, False, True, False],
+            "options": [["a", "b"]] * 6,
+            "correct": [0] * 6,
+            "answer": ["a", "b", "a", "a", "b", "a"],
+        }
+    )
+    table, agreement = demo.planted_table(frame)
+    assert agreement == pytest.approx(
+        4 / 6
+    )  # one lie refused without a plan, one guess that passed for knowledge
+    lying = table[(table["facts"] == "taught") & table["told to lie"]].iloc[0]
+    assert (lying["lied"], lying["refused to lie"], lying["answers"]) == (0.5, 0.5, 2)
+    assert list(table[table["facts"] == "never taught"]["confused"]) == [0.0, 1.0]
+
+
+def test_the_command_itself_is_quiet_and_ends_well(llama, statements, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "veridical.cli",
+        "probe",
+        "--model",
+        llama,
+        "--data",
+        statements,
+        "--limit",
+        "20",
+    ]
+    done = subprocess.run(
+        [*command, *QUICK], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert (tmp_path / "runs" / "probe-tiny-llama-pairs" / "report.html").is_file()
