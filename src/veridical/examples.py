@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from veridical.config import ProbeConfig
     from veridical.models import HookedModel
     from veridical.pairs import Pairs
-    from veridical.probes import LogisticProbe
+    from veridical.probes.base import LinearProbe
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ LONGEST = 1200
 
 
 def token_section(
-    model: HookedModel, probe: LogisticProbe, pairs: Pairs, rows: Mapping[str, int], text: str
+    model: HookedModel, probe: LinearProbe, pairs: Pairs, rows: Mapping[str, int], text: str
 ) -> Section | None:
     """The probe at each token of some rows, or None when there is none to show.
 

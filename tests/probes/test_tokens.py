@@ -29,7 +29,7 @@ def model(tiny, tokenizer):
 
 def probe_for(width=32, **origin):
     random = np.random.default_rng(0)
-    probe = LogisticProbe()._adopt(np.array([False, True]), random.normal(size=width), np.array([0.1]), 1)
+    probe = LogisticProbe().adopt(np.array([False, True]), random.normal(size=width), np.array([0.1]), 1)
     probe.origin_ = Origin(**{"site": SITE, "target": "lied", **origin})
     return probe
 

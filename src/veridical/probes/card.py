@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from veridical.probes.logistic import LogisticProbe
+    from veridical.probes.base import LinearProbe
     from veridical.probes.origin import Origin
 
 USE = """```python
@@ -23,14 +23,14 @@ LIMITS = (
 )
 
 
-def card(probe: LogisticProbe) -> str:
+def card(probe: LinearProbe) -> str:
     """The card of a fitted probe as Markdown."""
     origin = probe.origin_
     positive, negative = probe.classes_[1], probe.classes_[0]
-    title = f"Probe for `{origin.target}`" if origin.target else "A logistic probe"
+    title = f"Probe for `{origin.target}`" if origin.target else f"A {probe.name} probe"
     read = f" at {origin.site}, tokens: {origin.tokens or 'as given'}" if origin.site else ""
     facts = [
-        ("estimator", f"L2 logistic regression, C = {probe.C:g}, standardise = {probe.standardise}"),
+        ("estimator", probe.said()),
         ("positive class", f"`{positive}` (against `{negative}`)"),
         ("site", f"`{origin.site}`" if origin.site else "not recorded"),
         ("tokens read", origin.tokens or "not recorded"),

@@ -21,8 +21,8 @@ from veridical.probes.verdict import verdict
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from veridical.probes.base import LinearProbe
     from veridical.probes.data import Source, Task
-    from veridical.probes.logistic import LogisticProbe
     from veridical.reporting.section import Section
 
 
@@ -41,7 +41,7 @@ class SiteResult:
     """
 
     site: str
-    probe: LogisticProbe
+    probe: LinearProbe
     fold_auroc: float
     metrics: Mapping[str, Estimate]
     control: np.ndarray
@@ -123,7 +123,7 @@ class ProbeSweep:
                 return result
         raise unknown("site", site, [result.site for result in self.results])
 
-    def best(self) -> LogisticProbe:
+    def best(self) -> LinearProbe:
         """The fitted probe of the site that the folds chose; its `site` and `origin_` say what it reads."""
         return self[self.best_site].probe
 
@@ -217,7 +217,7 @@ class ProbeSweep:
         left_out = "; ".join(f"{n} {reason}" for reason, n in counts["excluded"].items())
         tokens = self.facts.get("tokens")
         return (
-            f"L2 logistic probes at {len(self)} sites"
+            f"{self.results[0].probe.name.capitalize()} probes at {len(self)} sites"
             + (f" (tokens read: {tokens})" if tokens else "")
             + f", fitted on {counts['fit_vectors']} vectors of {counts['fit_pairs']} pairs and judged on "
             f"{counts['test_vectors']} vectors of {counts['test_pairs']} other pairs, of which "

@@ -20,13 +20,14 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from veridical import files
-from veridical.errors import DamagedFileError, DataError, InputError, unknown
+from veridical.errors import DamagedFileError, DataError, InputError
 from veridical.probes.card import card
+from veridical.probes.kinds import kind
 from veridical.probes.origin import Origin
 from veridical.provenance import provenance
 
 if TYPE_CHECKING:
-    from veridical.probes.logistic import LogisticProbe
+    from veridical.probes.base import LinearProbe
 
 FORMAT = 1
 WEIGHTS, CONFIG, METRICS, PROVENANCE, CARD = (
@@ -38,7 +39,7 @@ WEIGHTS, CONFIG, METRICS, PROVENANCE, CARD = (
 )
 
 
-def save_probe(probe: LogisticProbe, folder: str | Path) -> Path:
+def save_probe(probe: LinearProbe, folder: str | Path) -> Path:
     """Saves a fitted probe into `folder`, whole or not at all where the folder is new.
 
     Files of the same names are replaced; others in the folder are left alone.
@@ -62,7 +63,7 @@ def save_probe(probe: LogisticProbe, folder: str | Path) -> Path:
     }
     config: dict[str, Any] = {
         "format": FORMAT,
-        "kind": KINDS_BY_CLASS[type(probe).__name__],
+        "kind": probe.name,
         "parameters": probe.get_params(),
         "classes": probe.classes_.tolist(),
         "classes_dtype": probe.classes_.dtype.str,
@@ -78,33 +79,26 @@ def save_probe(probe: LogisticProbe, folder: str | Path) -> Path:
     return folder
 
 
-def load_probe(folder: str | Path) -> LogisticProbe:
+def load_probe(folder: str | Path) -> LinearProbe:
     """Loads a saved probe; a file that is not as it was written is named and refused.
 
     Raises:
         InputError: No probe in `folder`.
         DamagedFileError: A file is missing, cut short or altered.
     """
-    from veridical.probes.logistic import LogisticProbe
-
     folder = Path(folder)
     config = _read_config(folder)
     content = {name: read_checked(folder / name, expected) for name, expected in config["files"].items()}
-    if config["kind"] not in KINDS_BY_CLASS.values():
-        raise unknown("kind of probe", config["kind"], KINDS_BY_CLASS.values())
+    made = kind(config["kind"])
     try:
         tensors = load_tensors(content[WEIGHTS])
     except SafetensorError as error:
         raise DamagedFileError(f"{folder / WEIGHTS} is not readable safetensors ({error})") from error
     classes = np.array(config["classes"], dtype=np.dtype(config["classes_dtype"]))
-    probe = LogisticProbe(**config["parameters"])
-    probe._adopt(classes, tensors["coef"], tensors["intercept"], config["n_iter"])
+    probe = made(**config["parameters"])
+    probe.adopt(classes, tensors["coef"], tensors["intercept"], config["n_iter"])
     probe.origin_ = Origin.from_dict(config["origin"])
     return probe
-
-
-KINDS_BY_CLASS: Mapping[str, str] = {"LogisticProbe": "logistic"}
-"""Name in `config.json` of each estimator class; a new estimator is one more line."""
 
 
 def write_folder(folder: Path, parts: Mapping[str, bytes]) -> None:

@@ -16,7 +16,7 @@ from veridical import files
 from veridical.config import ProbeConfig
 from veridical.errors import DamagedFileError, DataError, InputError
 from veridical.probes.evaluate import Estimate
-from veridical.probes.logistic import LogisticProbe
+from veridical.probes.kinds import kind
 from veridical.probes.origin import Origin
 from veridical.probes.result import ProbeSweep, SiteResult
 from veridical.probes.saved import canonical, digest, read_checked
@@ -103,6 +103,7 @@ def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
         "sites": [
             {
                 "site": result.site,
+                "kind": result.probe.name,
                 "parameters": result.probe.get_params(),
                 "n_iter": int(result.probe.n_iter_[0]),
                 "converged": result.converged,
@@ -125,8 +126,8 @@ def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
 def _site(
     saved: dict[str, Any], number: int, tensors: dict[str, np.ndarray], classes: np.ndarray
 ) -> SiteResult:
-    probe = LogisticProbe(**saved["parameters"])
-    probe._adopt(classes, tensors[f"{number}.coef"], tensors[f"{number}.intercept"], saved["n_iter"])
+    probe = kind(saved["kind"])(**saved["parameters"])
+    probe.adopt(classes, tensors[f"{number}.coef"], tensors[f"{number}.intercept"], saved["n_iter"])
     probe.origin_ = Origin.from_dict(saved["origin"])
     lead = saved["lead_over_text"]
     return SiteResult(

@@ -15,17 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sklearn.base import clone
+from torch import Tensor
 
 from veridical import config as configs
 from veridical.config import ProbeConfig
 from veridical.errors import DataError
 from veridical.probes import evaluate
+from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.baseline import text_scores
 from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows, read_source
 from veridical.probes.firing import firing_rates
+from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.result import ProbeSweep, SiteResult
-from veridical.probes.solver import Design, solve
+from veridical.probes.solver import Design
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -38,7 +42,7 @@ def fit_probes(
     acts: Activations | Mapping[str, Any],
     config: ProbeConfig | None = None,
     *,
-    probe: LogisticProbe | None = None,
+    probe: LinearProbe | str | None = None,
     target: Any = None,
     groups: Any = None,
     texts: Sequence[str] | None = None,
@@ -52,7 +56,8 @@ def fit_probes(
         acts: What `collect` returned, or a dict of site name to activations `[n, d]` (array or tensor of any
             float type; further axes are flattened).
         config: Options; keyword `options` of `ProbeConfig` win over it.
-        probe: Estimator whose `standardise`, `tol` and `max_iter` are used; C comes from `strengths`.
+        probe: Estimator, or its name with default parameters (`logistic` when not given). Where it has a
+            strength, C comes from `strengths`.
         target: Label column, or labels `[n]`; two classes. Rows without a value are left out and counted.
         groups: `[n]`, pair of each vector; the `pair` column when not given.
         texts: `[n]`, what the model had read at each vector, for the text baseline; from the rows when not
@@ -75,7 +80,8 @@ def fit_probes(
     _check(config)
     source = read_source(acts, target, groups, texts, rows)
     task = choose_rows(source, config, config.where)
-    return _Sweep(source, task, config, probe or LogisticProbe()).run()
+    estimator = kind(probe)() if isinstance(probe, str) else probe or LogisticProbe()
+    return _Sweep(source, task, config, estimator).run()
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,13 @@ class _SiteFit:
 class _Sweep:
     """The steps of one sweep over data that were already checked."""
 
-    def __init__(self, source: Source, task: Task, config: ProbeConfig, probe: LogisticProbe) -> None:
+    def __init__(self, source: Source, task: Task, config: ProbeConfig, probe: LinearProbe) -> None:
         from veridical.pairs.splits import folds
 
         self.source, self.task, self.config, self.probe = source, task, config, probe
         self.groups = source.groups[task.fit]
+        self.pairs = group_codes(self.groups, len(self.groups))
+        self.columns = {name: source.column(getattr(probe, name))[task.fit] for name in probe.columns}
         self.folds = folds(self.groups, config.folds, config.seed, task.positive[task.fit])
         self.fit_labels = self._with_shuffles(task.fit, 2)
         self.test_labels = self._with_shuffles(task.test, 3)
@@ -147,22 +155,14 @@ class _Sweep:
     def _fit_site(self, site: str) -> _SiteFit:
         x = self.source.vectors(site, self.task.fit)
         design = Design.of(x, self.probe.standardise)
-        strengths = sorted(self.config.strengths)
+        strengths = sorted(self.config.strengths) if self.probe.tuned else [1.0]
         by_fold, out_of_fold = self._validate(design, strengths)
         found = np.nanmean(by_fold, axis=1)  # [1 + shuffles, strengths]
         # The strongest penalty wins ties.
         chosen = np.argmax(np.round(found, 9), axis=1)
         labels = torch.from_numpy(self.fit_labels.astype(np.float64)).to(x.device)
-        final = solve(
-            design,
-            labels,
-            torch.ones_like(labels),
-            torch.tensor(strengths, dtype=torch.float64, device=x.device)[
-                torch.from_numpy(chosen).to(x.device)
-            ],
-            tol=self.probe.tol,
-            max_steps=self.probe.max_iter,
-        )
+        each = torch.tensor(strengths, dtype=torch.float64)[torch.from_numpy(chosen)].to(x.device)
+        final = self.probe.solve(design, self._problems(labels, torch.ones_like(labels), each))
         coefficients, intercepts = design.raw(final.weights)
         held = self.source.vectors(site, self.task.test)
         scores = held @ coefficients.T + intercepts
@@ -176,6 +176,10 @@ class _Sweep:
             out_of_fold=out_of_fold[:, chosen[0]],
             test_scores=evaluate.settled(scores.cpu().numpy()),
         )
+
+    def _problems(self, targets: Tensor, weights: Tensor, strengths: Tensor, **options: Any) -> Problems:
+        """Fits on the vectors for selection and fitting, with what they have beside the label."""
+        return Problems(targets, weights, strengths, self.pairs.to(targets.device), self.columns, **options)
 
     def _validate(self, design: Design, strengths: list[float]) -> tuple[np.ndarray, np.ndarray]:
         """AUROC on held-out folds `[1 + shuffles, folds, strengths]`, and the true labels' scores there
@@ -196,7 +200,8 @@ class _Sweep:
         weights = None
         for at, strength in enumerate(strengths):
             each = torch.full((sets * count,), strength, dtype=torch.float64, device=device)
-            weights = solve(design, labels, masks, each, start=weights, tol=SELECTION_TOL).weights
+            problems = self._problems(labels, masks, each, start=weights, tol=SELECTION_TOL)
+            weights = self.probe.solve(design, problems).weights
             scores = evaluate.settled((design.rows @ weights).cpu().numpy()).reshape(n, sets, count)
             for fold, (_, validation) in enumerate(self.folds):
                 part = scores[validation, :, fold]
@@ -215,13 +220,10 @@ class _Sweep:
                 for s in range(1, self.test_labels.shape[1])
             ]
         )
-        probe = LogisticProbe(
-            C=fit.strength,
-            standardise=self.probe.standardise,
-            tol=self.probe.tol,
-            max_iter=self.probe.max_iter,
-        )
-        probe._adopt(self.task.classes, fit.coefficients, np.array([fit.intercept]), fit.steps)
+        probe = clone(self.probe)
+        if self.probe.tuned:
+            probe.set_params(C=fit.strength)
+        probe.adopt(self.task.classes, fit.coefficients, np.array([fit.intercept]), fit.steps)
         lead = None if text is None else evaluate.difference(scores, text[0], truth, self.weights)
         return SiteResult(
             site=site,

@@ -20,7 +20,7 @@ from veridical.probes.card import number
 
 if TYPE_CHECKING:
     from veridical.models import HookedModel
-    from veridical.probes.logistic import LogisticProbe
+    from veridical.probes.base import LinearProbe
     from veridical.reporting.section import Section
     from veridical.tokens import Encoded, Prompt
 
@@ -134,7 +134,7 @@ class TokenView:
 
 def view_tokens(
     model: HookedModel,
-    probe: LogisticProbe,
+    probe: LinearProbe,
     text: Prompt,
     completion: str | None = None,
     *,
@@ -210,7 +210,7 @@ def _table(model: HookedModel, encoded: Encoded, decision: np.ndarray) -> pd.Dat
     )
 
 
-def _notes(model: HookedModel, probe: LogisticProbe) -> tuple[str, ...]:
+def _notes(model: HookedModel, probe: LinearProbe) -> tuple[str, ...]:
     origin, notes = probe.origin_, []
     if origin.tokens not in (None, "all"):
         notes.append(

@@ -1,0 +1,21 @@
+"""The estimators by name: what saved probes, recipes and the command line call them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from veridical.errors import unknown
+
+if TYPE_CHECKING:
+    from veridical.probes.base import LinearProbe
+
+KINDS = {"logistic": "LogisticProbe"}
+"""Module of `veridical.probes` and class of each estimator; a new estimator is one more line."""
+
+
+def kind(name: str) -> type[LinearProbe]:
+    """The estimator class of that name; an unknown name is an error that gives the nearest."""
+    if name not in KINDS:
+        raise unknown("kind of probe", name, KINDS)
+    return getattr(importlib.import_module(f"veridical.probes.{name}"), KINDS[name])
