@@ -55,6 +55,9 @@ class ProbeConfig:
     """Label column to predict."""
     where: tuple[str, ...] = ()
     """Row conditions such as instructed_to_lie=True; rows that fail one are left out."""
+    holdout: tuple[str, ...] = ()
+    """Row conditions such as system_held_out=True; rows that meet them all are never fitted on, and the test
+    is made of such rows of the held-out pairs alone."""
     folds: int = 5
     """Folds by pair, in which site and strength are chosen."""
     test_fraction: float = 0.3

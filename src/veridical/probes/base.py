@@ -181,6 +181,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         self.origin_ = Origin()
         return self
 
+    def at(self, strength: float) -> Self:
+        """An unfitted copy, with `strength` as its C where it has one."""
+        parameters = self.get_params()
+        return type(self)(**{**parameters, "C": strength} if self.tuned else parameters)
+
     def _check(self) -> None:
         """Refuses parameters that make no sense."""
         strength = getattr(self, "C", 1.0)

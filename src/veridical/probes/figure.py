@@ -33,10 +33,12 @@ def auroc_by_site(sweep: ProbeSweep) -> go.Figure:
             [e.high for e in estimates],
             name=kind or "probe",
             colour=colour,
-            hover=[figures.plain(f"{result.site}, C = {result.probe.C:g}") for _, result in points],
+            hover=[figures.plain(_said(result)) for _, result in points],
         )
     if len(sweep.selected_control):
         _control(figure, series)
+    if all(len(result.random) for result in sweep.results):
+        _random(figure, series)
     _mark_best(figure, sweep, series)
     figures.reference_line(figure, 0.5, "chance")
     if sweep.text is not None:
@@ -89,6 +91,24 @@ def _control(figure: go.Figure, series: dict[str, list[tuple[int | str, SiteResu
             markers=False,
             band="90 % of shuffles",
         )
+
+
+def _random(figure: go.Figure, series: dict[str, list[tuple[int | str, SiteResult]]]) -> None:
+    for kind, points in series.items():
+        figures.line_with_band(
+            figure,
+            [x for x, _ in points],
+            [float(np.quantile(result.random, 0.95)) for _, result in points],
+            name="random directions, 95 % below" + ("" if len(series) == 1 else f", {kind}"),
+            colour=figures.AMBER,
+            dash="dot",
+            markers=False,
+        )
+
+
+def _said(result: SiteResult) -> str:
+    strength = getattr(result.probe, "C", None)
+    return result.site if strength is None else f"{result.site}, C = {strength:g}"
 
 
 def _mark_best(

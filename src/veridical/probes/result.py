@@ -37,6 +37,8 @@ class SiteResult:
         metrics: Figures on the held-out pairs.
         control: `[shuffles]`, AUROC there of probes for labels permuted over pairs.
         lead_over_text: AUROC less that of the text baseline, with an interval over the same resamples.
+        random: `[draws]`, AUROC there of random directions whose sign was chosen on the fitted pairs.
+        selectivity: AUROC less the mean of `control`, over the same resamples; None without shuffles.
         converged: Whether the solver reached its tolerance.
     """
 
@@ -46,6 +48,8 @@ class SiteResult:
     metrics: Mapping[str, Estimate]
     control: np.ndarray
     lead_over_text: Estimate | None
+    random: np.ndarray = field(default_factory=lambda: np.empty(0))
+    selectivity: Estimate | None = None
     converged: bool = True
 
 
@@ -223,7 +227,8 @@ class ProbeSweep:
             f"{counts['test_vectors']} vectors of {counts['test_pairs']} other pairs, of which "
             f"{counts['test_positive']} are positive. Held out: {counts['split']}. Site and strength were "
             f"chosen on {self.config.folds} folds of the fitted pairs. Intervals are 95 %, over "
-            f"{self.config.bootstrap} resamples of whole pairs."
+            f"{self.config.bootstrap} resamples of whole pairs. Selectivity is the AUROC less that of the "
+            "same probe on control labels, which are the labels permuted over pairs."
             + (f" Left out: {left_out}." if left_out else "")
         )
 
@@ -231,7 +236,7 @@ class ProbeSweep:
         line: dict[str, Any] = {
             "site": result.site,
             "chosen": result.site == self.best_site,
-            "C": result.probe.C,
+            "C": getattr(result.probe, "C", np.nan),
             "fold_auroc": result.fold_auroc,
         }
         return {**line, **self._figures(result)}
@@ -244,6 +249,11 @@ class ProbeSweep:
         line["shuffled_auroc_p95"] = (
             float(np.quantile(result.control, 0.95)) if len(result.control) else np.nan
         )
+        if result.selectivity is not None:
+            line |= _spread("selectivity", result.selectivity)
+        if len(result.random):
+            line["random_direction_auroc"] = _mean(result.random)
+            line["random_direction_auroc_p95"] = float(np.quantile(result.random, 0.95))
         if self.text is not None and result.lead_over_text is not None:
             line |= _spread("text_auroc", self.text["auroc"])
             line |= _spread("lead_over_text", result.lead_over_text)

@@ -91,6 +91,7 @@ def _tensors(sweep: ProbeSweep) -> dict[str, np.ndarray]:
         tensors[f"{number}.coef"] = result.probe.coef_
         tensors[f"{number}.intercept"] = result.probe.intercept_
         tensors[f"{number}.control"] = np.asarray(result.control, dtype=np.float64)
+        tensors[f"{number}.random"] = np.asarray(result.random, dtype=np.float64)
     return tensors
 
 
@@ -110,6 +111,7 @@ def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
                 "fold_auroc": result.fold_auroc,
                 "metrics": {name: _numbers(value) for name, value in result.metrics.items()},
                 "lead_over_text": None if result.lead_over_text is None else _numbers(result.lead_over_text),
+                "selectivity": None if result.selectivity is None else _numbers(result.selectivity),
                 "origin": result.probe.origin_.to_dict(),
             }
             for result in sweep.results
@@ -129,7 +131,7 @@ def _site(
     probe = kind(saved["kind"])(**saved["parameters"])
     probe.adopt(classes, tensors[f"{number}.coef"], tensors[f"{number}.intercept"], saved["n_iter"])
     probe.origin_ = Origin.from_dict(saved["origin"])
-    lead = saved["lead_over_text"]
+    lead, selectivity = saved["lead_over_text"], saved["selectivity"]
     return SiteResult(
         site=saved["site"],
         probe=probe,
@@ -137,6 +139,8 @@ def _site(
         metrics={name: _estimate(value) for name, value in saved["metrics"].items()},
         control=tensors[f"{number}.control"],
         lead_over_text=None if lead is None else _estimate(lead),
+        random=tensors[f"{number}.random"],
+        selectivity=None if selectivity is None else _estimate(selectivity),
         converged=saved["converged"],
     )
 
