@@ -12,6 +12,7 @@ from veridical.reporting import figures
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from veridical.probes.calibration import Calibration
     from veridical.probes.result import ProbeSweep, SiteResult
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(\w+)$")
@@ -130,3 +131,39 @@ def _mark_best(
                         hoverinfo="skip",
                     )
                 )
+
+
+def reliability(calibration: Calibration) -> go.Figure:
+    """Share of positives by mean probability of each bin, one line per method, against the diagonal."""
+    import plotly.graph_objects as go
+
+    figure = figures.figure()
+    figure.add_trace(
+        go.Scatter(
+            x=[0, 1],
+            y=[0, 1],
+            mode="lines",
+            line={"color": figures.GREY, "width": 1.5, "dash": "dot"},
+            name="perfect",
+            hoverinfo="skip",
+        )
+    )
+    for colour, (method, bins) in zip(figures.COLOURS, calibration.bins.groupby("method", sort=False)):
+        figures.line_with_band(
+            figure,
+            bins["probability"].tolist(),
+            bins["share"],
+            bins["low"],
+            bins["high"],
+            name=str(method),
+            colour=colour,
+            hover=[f"{rows} rows" for rows in bins["rows"]],
+        )
+    figure.update_xaxes(range=[0, 1])
+    return figures.style(
+        figure,
+        f"Reliability on held-out pairs of the probe for {figures.plain(calibration.name, 80)}",
+        "probability that the probe gives",
+        "share of positives",
+        y_range=(-0.02, 1.02),
+    )

@@ -18,7 +18,7 @@ from veridical.errors import DamagedFileError, DataError, InputError
 from veridical.probes.evaluate import Estimate
 from veridical.probes.kinds import kind
 from veridical.probes.origin import Origin
-from veridical.probes.result import ProbeSweep, SiteResult
+from veridical.probes.result import Labels, ProbeSweep, SiteResult
 from veridical.probes.saved import canonical, digest, read_checked
 from veridical.provenance import provenance
 
@@ -82,17 +82,22 @@ def load_sweep(folder: str | Path) -> ProbeSweep:
         counts=body["counts"],
         facts=body["facts"],
         notes=tuple(body["notes"]),
+        labels=_labels(tensors),
     )
 
 
 def _tensors(sweep: ProbeSweep) -> dict[str, np.ndarray]:
     tensors = {"selected_control": np.asarray(sweep.selected_control, dtype=np.float64)}
+    if sweep.labels is not None:
+        tensors |= {f"labels.{name}": values for name, values in vars(sweep.labels).items()}
     for number, result in enumerate(sweep.results):
         tensors[f"{number}.coef"] = result.probe.coef_
         tensors[f"{number}.intercept"] = result.probe.intercept_
         tensors[f"{number}.control"] = np.asarray(result.control, dtype=np.float64)
-        tensors[f"{number}.random"] = np.asarray(result.random, dtype=np.float64)
-    return tensors
+        for name in ("random", "out_of_fold", "test_scores"):
+            tensors[f"{number}.{name}"] = np.asarray(getattr(result, name), dtype=np.float64)
+    # safetensors writes the memory as it lies, whatever the strides of a view are.
+    return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
 
 
 def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
@@ -140,9 +145,16 @@ def _site(
         control=tensors[f"{number}.control"],
         lead_over_text=None if lead is None else _estimate(lead),
         random=tensors[f"{number}.random"],
+        out_of_fold=tensors[f"{number}.out_of_fold"],
+        test_scores=tensors[f"{number}.test_scores"],
         selectivity=None if selectivity is None else _estimate(selectivity),
         converged=saved["converged"],
     )
+
+
+def _labels(tensors: dict[str, np.ndarray]) -> Labels | None:
+    found = {name.removeprefix("labels."): v for name, v in tensors.items() if name.startswith("labels.")}
+    return Labels(**found) if found else None
 
 
 def _numbers(estimate: Estimate) -> list[float | None]:

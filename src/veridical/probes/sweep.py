@@ -241,6 +241,8 @@ class _Sweep:
             control=control,
             lead_over_text=lead,
             random=fit.random,
+            out_of_fold=fit.out_of_fold,
+            test_scores=scores,
             selectivity=evaluate.selectivity(
                 scores, truth, fit.test_scores[:, 1:], self.test_labels[:, 1:], self.weights
             ),
