@@ -77,6 +77,30 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class HonestyConfig:
+    """How the lying and the instruction probes are fitted side by side, and by what their rows are parted."""
+
+    holdout: tuple[str, ...] | None = None
+    """Row conditions that mark rows which are never fitted on; system_held_out=True where not given."""
+    by: tuple[str, ...] | None = None
+    """Columns by whose values figures are given; where not given, scenario if there is such a column."""
+    difficulty: str | None = None
+    """Column of difficulty; where not given, difficulty or else thirds of belief_confidence."""
+    folds: int = 5
+    """Folds by pair: each row is judged by a probe that saw nothing of its pair."""
+    strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """Inverse L2 strengths C that are tried."""
+    bootstrap: int = 500
+    """Resamples of whole pairs for the 95 % intervals."""
+    text_baseline: bool = True
+    """Fit TF-IDF with logistic regression on the text alone, with the same folds."""
+    seed: int = 0
+    """Seed of folds and bootstraps."""
+    progress: bool | None = None
+    """Progress bar; by default only on a terminal or in a notebook."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class BeliefConfig:
     """How a model is asked for its beliefs, and when an answer counts as knowledge."""
 

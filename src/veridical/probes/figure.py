@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from veridical.probes.calibration import Calibration
+    from veridical.probes.honesty_report import HonestyReport
     from veridical.probes.result import ProbeSweep, SiteResult
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(\w+)$")
@@ -166,4 +167,43 @@ def reliability(calibration: Calibration) -> go.Figure:
         "probability that the probe gives",
         "share of positives",
         y_range=(-0.02, 1.02),
+    )
+
+
+def honesty_by_site(report: HonestyReport) -> go.Figure:
+    """AUROC by site: the lying and the instruction probes, each scored on the lie and the instruction."""
+    figure = figures.figure()
+    table = report.to_frame()
+    table = table[(table["rows"] == "all rows") & (table["site"] != "text")]
+    estimator = report.chosen["lying"][0][0]
+    table = table[table["estimator"] == estimator]
+    shown = (
+        ("lying", "auroc_lied", "lying probe on lies", figures.ORANGE, None),
+        ("lying, all rows", "auroc_lied", "lying probe (all rows) on lies", figures.AMBER, None),
+        ("lying", "auroc_told_of_truthful", "lying probe on the instruction", figures.ORANGE, "dot"),
+        ("instruction", "auroc_told", "instruction probe on the instruction", figures.BLUE, None),
+        ("instruction", "auroc_lied", "instruction probe on lies", figures.BLUE, "dot"),
+    )
+    places = {site: _place(site) or ("", 0) for site in table["site"]}
+    layers = len({kind for kind, _ in places.values()}) == 1 and "" not in dict(places.values())
+    for probe, column, name, colour, dash in shown:
+        lines = table[table["probe"] == probe]
+        figures.line_with_band(
+            figure,
+            [places[site][1] if layers else figures.plain(site, 32) for site in lines["site"]],
+            lines[column],
+            lines[f"{column}_low"],
+            lines[f"{column}_high"],
+            name=name,
+            colour=colour,
+            dash=dash,
+            hover=[figures.plain(site) for site in lines["site"]],
+        )
+    figures.reference_line(figure, 0.5, "chance")
+    return figures.style(
+        figure,
+        f"Lie or instruction: AUROC on held-out pairs ({figures.plain(estimator, 40)})",
+        "layer" if layers else "site",
+        "AUROC",
+        y_range=(0, 1.02),
     )
