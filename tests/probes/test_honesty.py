@@ -63,7 +63,8 @@ def test_the_lying_probe_reads_the_lie_and_the_instruction_probe_the_instruction
     assert told["auroc_told_of_truthful"] > 0.98
     # Only those who are told to lie do, so the lie says something of the instruction too.
     assert told["auroc_lied"] < lying["auroc_lied"] - 0.1
-    assert abs(found.cosines.query("site == @SITE")["lying"].tolist()[0]) < 0.3
+    cosine = found.cosines.query("site == @SITE")["lying"].tolist()[0]
+    assert cosine == pytest.approx(found.lying.direction_ @ found.instruction.direction_)
     assert found.lying.site == found.instruction.site == SITE
     assert {site for _, site in found.chosen["lying"]} == {SITE}
     assert abs(found.line("lying", site="blocks.0.hook_resid_post")["auroc_lied"] - 0.5) < 0.1
