@@ -17,6 +17,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from veridical.errors import DataError
 from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.data import Source
@@ -37,6 +38,7 @@ class Plan:
         positive: `[n]` bool, the label; meaningful on `fit` and `judged`.
         judged: `[n]` bool, vectors on whose AUROC strength and site are chosen.
         fold_of: `[n]`, fold of each vector's pair.
+        folds: How many folds there are.
         strengths: Values of C that are tried.
     """
 
@@ -44,12 +46,8 @@ class Plan:
     positive: np.ndarray
     judged: np.ndarray
     fold_of: np.ndarray
+    folds: int
     strengths: tuple[float, ...]
-
-    @property
-    def folds(self) -> int:
-        """How many folds there are."""
-        return int(self.fold_of.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,24 @@ def fold_numbers(groups: np.ndarray, folds: int, seed: int, strata: np.ndarray) 
     for fold, (_, held) in enumerate(splits.folds(groups, folds, seed, strata)):
         number[held] = fold
     return number
+
+
+def check_plan(name: str, plan: Plan, groups: np.ndarray) -> None:
+    """Refuses a plan that leaves too few pairs, or one class, where some folds are left out."""
+    pairs = len(np.unique(groups[plan.fit]))
+    if pairs < plan.folds:
+        raise DataError(
+            f"{pairs} pairs are left to fit {name} on {plan.folds} folds; give more pairs, or ask "
+            "for fewer folds"
+        )
+    for k in range(plan.folds):
+        for j in range(plan.folds):
+            labels = plan.positive[plan.fit & (plan.fold_of != k) & (plan.fold_of != j)]
+            if not len(labels) or labels.all() or not labels.any():
+                raise DataError(
+                    f"{name} has one class only without folds {k + 1} and {j + 1} of {plan.folds}; "
+                    "give more pairs, or ask for fewer folds"
+                )
 
 
 def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Crossed:
