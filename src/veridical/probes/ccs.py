@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sklearn.utils import Tags
 from torch import Tensor
 
 from veridical.errors import DataError
@@ -88,6 +89,12 @@ class CCSProbe(LinearProbe):
         solution = along(design, found[:, which], problems)
         return Solution(solution.weights, steps[which], converged[which])
 
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        # Rows without meaning as pairs, such as those of scikit-learn's checks, hold nothing for it to find.
+        tags.classifier_tags.poor_score = True
+        return tags
+
     def said(self) -> str:
         sides = f"sides by {self.side}, " if self.side else ""
         return f"contrast-consistent search, {sides}{self.restarts} starts, decay = {self.decay:g}"
@@ -119,7 +126,10 @@ class CCSProbe(LinearProbe):
         random = torch.Generator().manual_seed(self.seed)
         start = torch.randn(width + 1, self.restarts, generator=random, dtype=torch.float64).to(one)
         # Unit spread of the scores, as the authors' start has on normalised activations.
-        start[:-1] /= design.second_moment[:-1].sum().sqrt().clamp_min(1e-300)
+        spread = design.second_moment[:-1]
+        start[:-1] /= spread.sum().sqrt().clamp_min(1e-300)
+        # Only the penalty acts where no row has anything; the answer there is 0, not the rest of a start.
+        start[:-1] *= (spread > 1e-12 * spread.amax())[:, None]
         start[-1] = 0
         share = counts / counts.sum(0).clamp_min(1e-300)
         share = share.repeat_interleave(self.restarts, dim=1)
@@ -173,7 +183,8 @@ def _means(rows: Tensor, groups: Tensor, side: Tensor) -> Tensor:
 def _least(weights: Tensor, groups: Tensor, side: Tensor) -> Tensor:
     """Least weight of the rows of one side of each group, `[groups, u]`; infinite where there is none."""
     least = weights.new_full((int(groups.max()) + 1, weights.shape[1]), float("inf"))
-    return least.index_reduce_(0, groups[side], weights[side], "amin")
+    inside = weights[side]
+    return least.scatter_reduce_(0, groups[side][:, None].expand_as(inside), inside, "amin")
 
 
 def _drawn(groups: Tensor, seed: int) -> Tensor:

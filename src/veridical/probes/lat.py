@@ -48,9 +48,11 @@ class LATProbe(LinearProbe):
 def _main_axis(rows: Tensor, weight: Tensor, groups: Tensor) -> Tensor:
     """Unit axis `[r]` of the largest spread of differences within groups."""
     count = int(groups.max()) + 1
-    sizes = weight.new_zeros(count).index_add_(0, groups, weight)
+    total = weight.new_zeros(count).index_add_(0, groups, weight)
     sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, groups, weight[:, None] * rows)
-    inner = rows - (sums / sizes.clamp_min(1e-300)[:, None])[groups]
+    inner = rows - (sums / total.clamp_min(1e-300)[:, None])[groups]
+    # Rows that count at all, not their weight: a pair that is drawn twice counts twice, not four times.
+    sizes = torch.bincount(groups[weight > 0], minlength=count)
     scatter = inner.T @ ((weight * sizes[groups])[:, None] * inner)
     values, vectors = torch.linalg.eigh(scatter)
     if not float(values[-1]) > 1e-20 * float(rows.square().sum()):

@@ -144,9 +144,9 @@ class StackedProbe(LinearProbe):
         return {site: w / (norms[site] or 1.0) for site, w in self.coef_.items()}
 
     @property
-    def site(self) -> str | None:
-        """The sites that the probe reads, joined by `+`."""
-        return " + ".join(self.sites_) if hasattr(self, "sites_") else None
+    def standardise(self) -> bool:
+        """Whether the base probe scales features before its penalty applies."""
+        return self._base().standardise
 
     def solve(self, design: Design, problems: Problems) -> Solution:
         raise DataError(
@@ -219,7 +219,7 @@ class StackedProbe(LinearProbe):
         self.mixture_ = dict(mixture)
         self.n_features_in_ = sum(len(w) for w in coefficients.values())
         self.n_iter_ = np.array([max(1, steps)])
-        self.origin_ = Origin()
+        self.origin_ = Origin(site=" + ".join(self.sites_))
         return self
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:

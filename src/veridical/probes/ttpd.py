@@ -10,6 +10,9 @@ from veridical.probes.base import LinearProbe, Problems
 from veridical.probes.directions import alike, closed, signs_of
 from veridical.probes.solver import Design, Solution, solve
 
+WEAK = 1e4
+"""C of the last regression, on projections of variance 1: felt only where they separate."""
+
 
 class TTPDProbe(LinearProbe):
     """A general truth direction, apart from the one that turns over in negated statements.
@@ -25,15 +28,16 @@ class TTPDProbe(LinearProbe):
 
     A probe that is fitted on affirmative statements alone mixes `t_G` with `t_P` and inverts on negated ones;
     this one needs both kinds to tell them apart, and the more balanced, the better. The paper centres the
-    activations of each topic by itself and regresses without a penalty; here they are centred over all
-    fitted rows, and both regressions have the L2 penalty `C` on activations of mean variance 1, since with
-    fewer rows than features the polarity is separable and its direction would not be defined.
+    activations of each topic by itself and regresses without a penalty. Here they are centred over all fitted
+    rows; the polarity's regression has the L2 penalty `C` on activations of mean variance 1, since with fewer
+    rows than features the polarity is separable and its direction would not be defined; and the last one has
+    a penalty that is felt only where the projections separate.
 
     Args:
         polarity: Label column of two values (which value is which does not matter); None where all statements
             are affirmative: `t_G` is then the mean of `t_i (x_i - mean)` and stands alone, as in the
             authors' code.
-        C: Inverse strength of the penalty of both regressions.
+        C: Inverse strength of the penalty of the polarity's regression.
         standardise: Scale every feature to variance 1 first; the paper does not.
     """
 
@@ -87,7 +91,7 @@ class TTPDProbe(LinearProbe):
     def _decision(self, design: Design, directions: Tensor, problem: Problems) -> Tensor:
         """`[r + 1, 1]`: logistic regression on the projections along `directions` `[r, 1 or 2]`."""
         plane = Design.of(design.rows[:, :-1] @ directions)
-        strength = torch.full_like(problem.strengths, self.C, dtype=torch.float64)
+        strength = torch.full_like(problem.strengths, WEAK, dtype=torch.float64)
         found = solve(plane, problem.targets, problem.weights, strength, tol=1e-10)
         coefficients, intercept = plane.raw(found.weights)
         return torch.cat([directions @ coefficients.T, intercept[None]])
