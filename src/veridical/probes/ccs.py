@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.utils import Tags
 from torch import Tensor
 
 from veridical.errors import DataError
@@ -88,12 +87,6 @@ class CCSProbe(LinearProbe):
         found, steps, converged = self._search(one, other, counts, design)
         solution = along(design, found[:, which], problems)
         return Solution(solution.weights, steps[which], converged[which])
-
-    def __sklearn_tags__(self) -> Tags:
-        tags = super().__sklearn_tags__()
-        # Rows without meaning as pairs, such as those of scikit-learn's checks, hold nothing for it to find.
-        tags.classifier_tags.poor_score = True
-        return tags
 
     def said(self) -> str:
         sides = f"sides by {self.side}, " if self.side else ""
