@@ -209,6 +209,12 @@ def test_rows_without_a_partner_do_not_enter_the_search():
         (CCSProbe("form"), np.arange(12) // 2, {"side": np.arange(12) % 3}, r"side has 3 values \(0, 1, 2\)"),
         (CCSProbe("form"), np.arange(12) // 2, {"side": np.arange(11) % 2}, "side has shape"),
         (CCSProbe("form"), np.arange(12) // 2, {"side": np.arange(12) // 2 % 2}, "0 pairs have both sides"),
+        (
+            CCSProbe("form"),
+            np.arange(12) // 2,
+            {"side": np.tile(["b", "a"], 6)},
+            "side tells the label of every row",
+        ),
         (CCSProbe(restarts=0), np.arange(12) // 2, {}, "restarts is 0"),
         (CCSProbe(decay=0), np.arange(12) // 2, {}, "decay is 0"),
     ],

@@ -102,6 +102,12 @@ class CCSProbe(LinearProbe):
         largest = int(torch.bincount(groups).max())
         if "side" in problems.columns:
             signs = torch.from_numpy(signs_of(problems.columns["side"], "side", rows)).to(device)
+            agree = (signs > 0) == (problems.targets[:, 0] > 0.5)
+            if bool(agree.all()) or not bool(agree.any()):
+                raise DataError(
+                    "side tells the label of every row, and CCS takes out what tells the sides apart; name a "
+                    "column whose sides hold both classes, such as the answer that a statement ends in"
+                )
         elif self.side is not None:
             raise DataError(f"CCSProbe(side={self.side!r}) needs that column: fit(X, y, groups, side=values)")
         elif largest > 2:
