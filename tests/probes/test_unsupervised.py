@@ -163,7 +163,7 @@ def test_the_best_of_several_starts_is_kept():
     several = CCSProbe(restarts=20, decay=1e-3).fit(x, labels, groups)
     assert min(abs(probe.direction_ @ several.direction_) for probe in single) < 0.9
     # Sides are drawn with the seed, which alone moves the minimum; the starts of one seed end in several.
-    sides = {"side": np.tile([0, 1], 60)}
+    sides = {"side": labels ^ np.random.default_rng(1).integers(0, 2, 60).repeat(2)}
     ends = [
         CCSProbe("s", restarts=1, seed=seed, decay=1e-3).fit(x, labels, groups, **sides) for seed in range(6)
     ]
