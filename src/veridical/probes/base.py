@@ -181,6 +181,23 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         self.origin_ = Origin()
         return self
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every fitted array by name, as they are saved."""
+        return {"coef": self.coef_, "intercept": self.intercept_}
+
+    def parameters(self) -> dict[str, Any]:
+        """The estimator's parameters as plain JSON values; `made` is the reverse."""
+        return self.get_params()
+
+    @classmethod
+    def made(cls, parameters: Mapping[str, Any]) -> Self:
+        """An unfitted estimator from what `parameters` gave."""
+        return cls(**parameters)
+
+    def restore(self, classes: np.ndarray, arrays: Mapping[str, np.ndarray], steps: int) -> Self:
+        """The reverse of `arrays`."""
+        return self.adopt(classes, arrays["coef"], arrays["intercept"], steps)
+
     def _check(self) -> None:
         """Refuses parameters that make no sense."""
         strength = getattr(self, "C", 1.0)

@@ -33,7 +33,7 @@ def auroc_by_site(sweep: ProbeSweep) -> go.Figure:
             [e.high for e in estimates],
             name=kind or "probe",
             colour=colour,
-            hover=[figures.plain(f"{result.site}, C = {result.probe.C:g}") for _, result in points],
+            hover=[figures.plain(_said(result)) for _, result in points],
         )
     if len(sweep.selected_control):
         _control(figure, series)
@@ -89,6 +89,11 @@ def _control(figure: go.Figure, series: dict[str, list[tuple[int | str, SiteResu
             markers=False,
             band="90 % of shuffles",
         )
+
+
+def _said(result: SiteResult) -> str:
+    strength = getattr(result.probe, "C", None)
+    return result.site if strength is None else f"{result.site}, C = {strength:g}"
 
 
 def _mark_best(

@@ -231,7 +231,7 @@ class ProbeSweep:
         line: dict[str, Any] = {
             "site": result.site,
             "chosen": result.site == self.best_site,
-            "C": result.probe.C,
+            "C": getattr(result.probe, "C", np.nan),
             "fold_auroc": result.fold_auroc,
         }
         return {**line, **self._figures(result)}
