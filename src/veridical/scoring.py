@@ -158,17 +158,28 @@ def score(model: HookedModel, planned: Plan, batch: list[int], sums: np.ndarray)
         batch: One of `planned.batches`.
         sums: `[options]`, filled where an option is read off one of these rows.
     """
-    items = [(place, planned.scored[i], i) for place, row in enumerate(batch) for i in planned.needed[row]]
-    # Counted from the right end.
-    first = min(item.first - len(planned.rows[batch[place]]) for place, item, _ in items)
-    logits = last_logits(model, [planned.rows[row] for row in batch], -first)
+    rows = [planned.rows[row] for row in batch]
+    read_off(planned, batch, last_logits(model, rows, positions(planned, batch)), sums)
+
+
+def positions(planned: Plan, batch: list[int]) -> int:
+    """How many last positions of a batch predict the tokens of its options."""
+    return max(
+        len(planned.rows[row]) - planned.scored[index].first for row in batch for index in planned.needed[row]
+    )
+
+
+def read_off(planned: Plan, batch: list[int], logits: Tensor, sums: np.ndarray) -> None:
+    """Puts the values of a batch's options into `sums`, from its logits at (at least) `positions`."""
     kept = logits.shape[1]
-    for place, item, index in items:
-        start = kept + item.first - len(planned.rows[batch[place]])
-        part = logits[place, start : start + len(item.targets)].float()
-        targets = torch.tensor(item.targets, device=part.device)
-        chosen = part.gather(-1, targets[:, None]).squeeze(-1) - part.logsumexp(-1)
-        sums[index] = float(chosen.double().sum())
+    for place, row in enumerate(batch):
+        for index in planned.needed[row]:
+            item = planned.scored[index]
+            start = kept + item.first - len(planned.rows[row])
+            part = logits[place, start : start + len(item.targets)].float()
+            targets = torch.tensor(item.targets, device=part.device)
+            chosen = part.gather(-1, targets[:, None]).squeeze(-1) - part.logsumexp(-1)
+            sums[index] = float(chosen.double().sum())
 
 
 def last_logits(model: HookedModel, rows: Sequence[Sequence[int]], count: int) -> Tensor:

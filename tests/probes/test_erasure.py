@@ -9,6 +9,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 import veridical as vd
 from veridical.errors import DataError, InputError, NonFiniteError, UnknownNameError
 from veridical.probes.erasure import LeaceEraser, ProjectionEraser
+from veridical.probes.erasure_check import BEFORE, NEW, RANDOM, SAME, check_erasure
 
 torch.set_num_threads(1)
 SITE = "blocks.1.hook_resid_post"
@@ -238,3 +239,57 @@ def test_bad_input_is_refused(model, eraser):
         eraser.on(model, SITE, "last"),
     ):
         pass
+
+
+# Measured on held-out pairs
+
+
+def test_before_and_after_erasure_on_held_out_pairs(planted, quick):
+    data = planted(pairs=200)
+    options = {"target": data.labels, "groups": data.pairs, **quick}
+    check = check_erasure(data.acts, site="signal", draws=3, **options)
+    frame = check.to_frame().set_index("measured")
+    assert frame.loc[BEFORE, "auroc"] > 0.95
+    assert frame.loc[NEW, "fit_auroc"] == 0.5
+    assert abs(frame.loc[NEW, "auroc"] - 0.5) < 0.15
+    assert abs(frame.loc[SAME, "auroc"] - 0.5) < 0.15
+    assert frame.loc[RANDOM, "auroc"] > 0.9
+    assert (frame["auroc_low"] <= frame["auroc"]).all()
+    assert "can't be read linearly" in check.findings()[0]
+    assert 0 < check.facts["moved"] < 0.5
+
+
+def test_a_projection_along_another_direction_erases_nothing(planted, quick):
+    data = planted(pairs=200)
+    orthogonal = np.linalg.svd(data.direction[None])[2][1]
+    options = {"target": data.labels, "groups": data.pairs, **quick}
+    check = check_erasure(data.acts, ProjectionEraser(orthogonal), site="signal", draws=2, **options)
+    frame = check.to_frame().set_index("measured")
+    assert frame.loc[NEW, "auroc"] > 0.95
+    assert "can still be read" in check.findings()[0]
+    page = check.report_section()
+    assert page.headline[0][1] == f"{frame.loc[NEW, 'auroc']:.3f}"
+    assert len(check.figure().data[0].x) == 4
+    assert "\n" not in repr(check)
+    assert "<table" in check._repr_html_()
+
+
+def test_held_out_rows_take_no_part_in_the_erasure(planted, quick):
+    data = planted(pairs=60)
+    options = {"target": data.labels, "groups": data.pairs, **quick, "draws": 1}
+    split = np.where(data.pairs < 40, "train", "test")
+    moved = {"signal": np.where((split == "test")[:, None], data.acts["signal"] * 50, data.acts["signal"])}
+    plain, other = (
+        check_erasure(acts, site="signal", rows={"split": split}, **options).to_frame()
+        for acts in (data.acts, moved)
+    )
+    np.testing.assert_array_equal(plain["fit_auroc"], other["fit_auroc"])
+
+
+def test_a_check_of_what_is_not_there_is_refused(planted, quick):
+    data = planted(pairs=30)
+    options = {"target": data.labels, "groups": data.pairs, **quick}
+    with pytest.raises(UnknownNameError, match=r"site 'signl'; nearest: signal"):
+        check_erasure(data.acts, site="signl", **options)
+    with pytest.raises(InputError, match="0 random erasures"):
+        check_erasure(data.acts, site="signal", draws=0, **options)

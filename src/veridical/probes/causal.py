@@ -19,17 +19,16 @@ same length, and ablated to their own mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from veridical import scoring
-from veridical.errors import DataError, InputError, ModelError, NonFiniteError, unknown
+from veridical.errors import DataError, InputError, unknown
 from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, as_array
 from veridical.probes.causal_result import CausalCheck, Edited
+from veridical.probes.causal_runs import At, Runs
 from veridical.probes.data import missing
 from veridical.probes.fits import place_for
 
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from veridical.hooked import HookedModel
     from veridical.pairs import Pairs
 
-At = Literal["prompt_last", "prompt", "completion", "all"]
 STRENGTHS = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
 
 
@@ -91,9 +89,12 @@ def causal_check(
     prompts, options, first = _answers(pairs, contrast)
     drawn = np.random.default_rng([seed, 4]).normal(size=(random, len(direction)))
     directions = np.concatenate([direction[None], drawn / np.linalg.norm(drawn, axis=1, keepdims=True)])
-    runs = _Runs(model, name, scoring.plan(model, prompts, options, batch_tokens), at, directions)
-    edits = [(float(strength), which) for strength in (*strengths, np.nan) for which in range(random + 1)]
-    found = _measured(runs, edits, first, progress)
+    runs = Runs(model, name, scoring.plan(model, prompts, options, batch_tokens), at, directions)
+    each = [(float(strength), which) for strength in (*strengths, np.nan) for which in range(random + 1)]
+    edits = [(0.0, -1), *each]
+    found = tuple(
+        Edited(*edit, *_log_odds(logprobs, first)) for edit, logprobs in zip(edits, runs.run(edits, progress))
+    )
     origin = probe.origin_ if isinstance(probe, LinearProbe) else None
     groups = np.asarray(pairs.groups)
     return CausalCheck(
@@ -120,108 +121,12 @@ def causal_check(
     )
 
 
-class _Runs:
-    """The model on all rows, with one edit at a time."""
-
-    def __init__(
-        self, model: HookedModel, site: str, plan: scoring.Plan, at: At, directions: np.ndarray
-    ) -> None:
-        self.model, self.site, self.plan = model, site, plan
-        self.directions = torch.as_tensor(directions, dtype=torch.float32)
-        self.masks = [_chosen(plan, batch, at) for batch in plan.batches]
-        if not any(bool(mask.any()) for mask in self.masks):
-            raise InputError(
-                f"there is no token to edit with at={at!r}: every answer has one token, which is only "
-                "predicted; use at='prompt_last'"
-            )
-        self.clean = self._read()
-
-    def _read(self) -> list[np.ndarray]:
-        """Runs without edits, and notes how long the activations are along every direction."""
-        along, norms = [], []
-
-        def read(value: Tensor, mask: Tensor) -> None:
-            x = value.reshape(*value.shape[:2], -1)[mask.to(value.device)].double()
-            along.append((x @ self.directions.to(x.device, torch.float64).T).cpu())
-            norms.append(x.norm(dim=-1).cpu())
-
-        sums = np.zeros(len(self.plan.scored))
-        for batch, mask in zip(self.plan.batches, self.masks):
-            with self.model.hooks(read={self.site: lambda value, mask=mask: read(value, mask)}):
-                scoring.score(self.model, self.plan, batch, sums)
-        self.means = torch.cat(along).mean(0)
-        self.unit = float(torch.cat(along)[:, 0].std(correction=0))
-        self.mean_norm = float(torch.cat(norms).mean())
-        if not np.isfinite(self.unit) or not np.isfinite(sums).all():
-            raise NonFiniteError(f"{self.model.path} gives NaN or infinity at {self.site} on these rows")
-        if self.unit == 0:
-            raise InputError(f"the activations at {self.site} do not vary along the direction on these rows")
-        return self.plan.split(sums)
-
-    def edited(self, strength: float, which: int) -> list[np.ndarray]:
-        """Log-probabilities of each row's answers under one edit; NaN as strength ablates."""
-        direction, mean = self.directions[which], float(self.means[which])
-
-        def edit(value: Tensor, mask: Tensor) -> Tensor:
-            flat = value.reshape(*value.shape[:2], -1)
-            u = direction.to(flat.device)
-            if np.isnan(strength):
-                new = flat.float() - ((flat.float() @ u) - mean)[..., None] * u
-            else:
-                new = flat.float() + strength * self.unit * u
-            return torch.where(mask.to(flat.device)[..., None], new.to(flat.dtype), flat).reshape(value.shape)
-
-        sums = np.zeros(len(self.plan.scored))
-        for batch, mask in zip(self.plan.batches, self.masks):
-            with self.model.hooks(write={self.site: lambda value, mask=mask: edit(value, mask)}):
-                scoring.score(self.model, self.plan, batch, sums)
-        if not np.isfinite(sums).all():
-            raise NonFiniteError(f"{self.model.path} gives NaN after {_said(strength)} at {self.site}")
-        found = self.plan.split(sums)
-        same = all(np.array_equal(a, b) for a, b in zip(found, self.clean))
-        if same and strength != 0:
-            raise ModelError(
-                f"{_said(strength)} at {self.site} changed no log-probability, to the last bit: nothing "
-                "that comes after reads the edited tokens there"
-            )
-        return found
-
-
-def _measured(
-    runs: _Runs, edits: list[tuple[float, int]], first: list[np.ndarray], progress: bool | None
-) -> tuple[Edited, ...]:
-    """Every edit's log-odds and coverage by row, the unedited run before them."""
-    from veridical.progress import bar
-
-    found = [Edited(0.0, -1, *_log_odds(runs.clean, first))]
-    with bar(len(edits), "edits", "edits", progress) as shown:
-        for strength, which in edits:
-            found.append(Edited(strength, which, *_log_odds(runs.edited(strength, which), first)))
-            shown.update(1)
-    return tuple(found)
-
-
 def _log_odds(logprobs: list[np.ndarray], first: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Log-odds of the answers in `first` against the others, and the probability of all; `[rows]` each."""
     odds = [
         np.logaddexp.reduce(row[mask]) - np.logaddexp.reduce(row[~mask]) for row, mask in zip(logprobs, first)
     ]
     return np.array(odds), np.array([min(1.0, float(np.exp(row).sum())) for row in logprobs])
-
-
-def _chosen(plan: scoring.Plan, batch: list[int], at: At) -> Tensor:
-    """`[rows, tokens]` bool: the tokens to edit in a batch that is padded on the left."""
-    rows = [plan.rows[row] for row in batch]
-    ends = plan.prompt_tokens()
-    width = max(map(len, rows))
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for place, row in enumerate(batch):
-        start = width - len(plan.rows[row])
-        border = start + ends[row]
-        spans = {"prompt_last": (border - 1, border), "prompt": (start, border)}
-        low, high = {**spans, "completion": (border, width), "all": (start, width)}[at]
-        mask[place, low:high] = True
-    return mask
 
 
 def _answers(
@@ -293,7 +198,3 @@ def _check(at: str, strengths: Sequence[float], random: int) -> None:
         raise InputError(f"strengths are {tuple(strengths)}; expected finite numbers, at least one")
     if random < 1:
         raise InputError(f"{random} random directions asked for; an effect needs at least 1 to compare with")
-
-
-def _said(strength: float) -> str:
-    return "ablating the direction" if np.isnan(strength) else f"adding {strength:+g} standard deviations"

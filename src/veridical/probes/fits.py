@@ -45,7 +45,7 @@ def place_for(model: HookedModel, probe: LinearProbe, site: str | None = None, *
     if wanted is None:
         raise InputError("this probe does not say which site it reads; give site=...")
     origin = probe.origin_
-    if not force:
+    if not force and origin.model_fingerprint is not None:
         same_model(origin.model, origin.model_fingerprint, model.path, model.fingerprint())
     places = model.resolve(wanted)
     if len(places) != 1:
