@@ -192,7 +192,8 @@ def test_the_table_says_what_the_runs_hold(liar, questions):
     assert line["effect_low"] <= line["effect"] <= line["effect_high"]
     assert line["random"] == pytest.approx(np.mean(others))
     assert line["difference"] == pytest.approx(effect - np.mean(others))
-    assert line["p"] == pytest.approx((1 + sum(abs(o) >= abs(effect) for o in others)) / 3)
+    far = [abs(e - np.mean([effect, *others])) for e in (effect, *others)]
+    assert line["p"] == pytest.approx(np.mean([f >= far[0] for f in far]))
     assert line["first_rate"] == pytest.approx((runs[2.0, 0] > 0).mean())
     assert len(check.effects(None)) == len(questions)
     section = check.report_section()

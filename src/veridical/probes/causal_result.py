@@ -65,26 +65,31 @@ class CausalCheck:
         an ablation), `clean` and `log_odds` (means), `effect` (their difference, with its 95 % interval by
         pair), `random` (mean effect over the random directions; `random_low` and `random_high` are the
         smallest and largest of them), `difference` (effect less the random mean, row by row, with its
-        interval), `p` (share of directions, this one among them, whose effect is as large in size),
+        interval), `p` (share of directions, this one among them, whose effect is as far from the mean of
+        all their effects),
         `first_rate` (rows on which the first set of answers, such as the wrong ones, is likelier than the
         second) beside `first_rate_clean` and `first_rate_random`, and `coverage`.
         """
-        return self._table.copy()
+        return pd.DataFrame(self._lines)
 
     def effects(self, strength: float | None) -> np.ndarray:
         """Effect of the direction by row, `[rows]`, at a strength; None for its ablation."""
         return self._effects(np.nan if strength is None else strength)[0]
 
     @cached_property
-    def _table(self) -> pd.DataFrame:
+    def _lines(self) -> list[dict[str, Any]]:
         strengths = dict.fromkeys(run.strength for run in self.edited[1:] if not np.isnan(run.strength))
-        return pd.DataFrame(
-            [
-                self._line(kind, rows, strength)
-                for kind, rows in self.kinds.items()
-                for strength in (*strengths, np.nan)
-            ]
-        )
+        return [
+            self._line(kind, rows, strength)
+            for kind, rows in self.kinds.items()
+            for strength in (*strengths, np.nan)
+        ]
+
+    @property
+    def _added(self) -> list[dict[str, Any]]:
+        """Lines of the additions on all rows, weakest strength first."""
+        lines = [line for line in self._lines if line["rows_of"] == "all" and line["edit"] == "add"]
+        return sorted(lines, key=lambda line: line["strength"])
 
     def _runs(self, strength: float) -> list[Edited]:
         ablated = np.isnan(strength)
@@ -104,6 +109,8 @@ class CausalCheck:
         effect = evaluate.share(effects[0], weights)
         apart = evaluate.share(effects[0] - effects[1:].mean(0), weights)
         means = effects[1:].mean(1)
+        # Any edit this long does something, often the same for all directions; what counts is standing out.
+        distance = np.abs(effects.mean(1) - effects.mean())
         first = np.stack([run.log_odds[rows] > 0 for run in runs])
         rate = evaluate.share(first[0], weights)
         return {
@@ -123,7 +130,7 @@ class CausalCheck:
             "difference": apart.value,
             "difference_low": apart.low,
             "difference_high": apart.high,
-            "p": (1 + int((np.abs(means) >= abs(effect.value)).sum())) / (1 + len(means)),
+            "p": float((distance >= distance[0]).mean()),
             "first_rate_clean": float((clean.log_odds[rows] > 0).mean()),
             "first_rate": rate.value,
             "first_rate_low": rate.low,
@@ -135,12 +142,10 @@ class CausalCheck:
 
     def findings(self) -> list[str]:
         """What the table says, in sentences, the most important first."""
-        frame = self.to_frame()
-        everyone = frame[frame["rows_of"] == "all"]
-        added = everyone[everyone["edit"] == "add"].sort_values("strength").to_dict("records")
+        added = self._added
         said = [self._verdict(added)]
         said += [self._sentence(line) for line in (added[-1], added[0])[: len(added)]]
-        said += [self._sentence(line) for line in frame[frame["edit"] == "ablate"].to_dict("records")]
+        said += [self._sentence(line) for line in self._lines if line["edit"] == "ablate"]
         return said + self._cautions(added)
 
     def _verdict(self, added: list[dict[str, Any]]) -> str:
@@ -206,17 +211,18 @@ class CausalCheck:
         """Effect against strength, with the band over pairs, and the range of the random directions."""
         from veridical.reporting import figures
 
-        frame = self.to_frame()
-        frame = frame[(frame["rows_of"] == "all") & (frame["edit"] == "add")].sort_values("strength")
-        zero = pd.DataFrame([dict.fromkeys(frame.columns, 0.0)])
-        frame = frame if (frame["strength"] == 0).any() else pd.concat([frame, zero]).sort_values("strength")
-        figure, x = figures.figure(), frame["strength"].tolist()
+        lines = self._added
+        if not any(line["strength"] == 0 for line in lines):
+            zero = dict.fromkeys(lines[0], 0.0)
+            lines = sorted([*lines, zero], key=lambda line: line["strength"])
+        y = {name: [line[name] for line in lines] for name in lines[0]}
+        figure, x = figures.figure(), y["strength"]
         figures.line_with_band(
             figure,
             x,
-            frame["random"],
-            frame["random_low"],
-            frame["random_high"],
+            y["random"],
+            y["random_low"],
+            y["random_high"],
             name="random directions",
             colour=figures.GREY,
             dash="dot",
@@ -225,9 +231,9 @@ class CausalCheck:
         figures.line_with_band(
             figure,
             x,
-            frame["effect"],
-            frame["effect_low"],
-            frame["effect_high"],
+            y["effect"],
+            y["effect_low"],
+            y["effect_high"],
             name=str(self.facts["direction"]),
         )
         return figures.style(
@@ -242,8 +248,7 @@ class CausalCheck:
         """Findings, dose-response figure and table."""
         from veridical.reporting.section import Section
 
-        frame = self.to_frame()
-        shown = frame.round(3)
+        shown = self.to_frame().round(3)
         facts = self.facts
         how = (
             f"Edited at {facts['site']}, tokens: {facts['at']}, on {len(self.groups)} rows in "
@@ -251,8 +256,7 @@ class CausalCheck:
             f"along the direction ({facts['unit']:.3g}; their mean norm is {facts['mean_norm']:.3g}). "
             "Ablation projects to the mean along the direction."
         )
-        strongest = frame[(frame["rows_of"] == "all") & (frame["edit"] == "add")].nlargest(1, "strength")
-        line = strongest.to_dict("records")[0]
+        line = self._added[-1]
         return Section(
             title=f"Does the model use {facts['direction']}?",
             text="\n\n".join([*self.findings(), how]),

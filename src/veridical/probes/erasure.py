@@ -161,7 +161,7 @@ class LeaceEraser(Eraser):
         labels = np.asarray(as_labels(y))
         return self.update(X, labels, classes=np.unique(labels))
 
-    def update(self, X: Any, y: Any, classes: Sequence[Any] | None = None) -> Self:
+    def update(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Takes in one more batch, as if all were fitted together.
 
         Args:

@@ -168,30 +168,30 @@ def check_erasure(
     labels, held = task.positive[task.fit], task.positive[task.test]
     weights = evaluate.resample_weights(source.groups[task.test], config.bootstrap, config.seed)
     estimator = probe or LogisticProbe(C=0.1)
-    eraser = clone(eraser or LeaceEraser()).fit(fit, labels)
-    erased = eraser.transform(fit)
+    fitted = _fresh(eraser or LeaceEraser()).fit(fit, labels)
+    erased, shown = fitted.transform(fit), fitted.transform(test)
     centre, random = fit.mean(0), np.random.default_rng([config.seed, 5])
 
-    def line(measured: str, used: Any, fitted: np.ndarray, shown: np.ndarray) -> dict[str, Any]:
-        at_fit, at_test = (_levelled(used.decision_function(x)) for x in (fitted, shown))
+    def line(measured: str, used: Any, at_fitting: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+        at_fit, at_test = (_levelled(used.decision_function(x)) for x in (at_fitting, after))
         found = evaluate.measure(at_test, held, weights)
         values = {"measured": measured, "fit_auroc": float(evaluate.auroc(at_fit[:, None], labels)[0])}
         for name, figure in found.items():
             values |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
         return values
 
-    before = clone(estimator).fit(fit, labels)
-    new = clone(estimator).fit(erased, labels)
+    before = _fresh(estimator).fit(fit, labels)
+    new = _fresh(estimator).fit(erased, labels)
     lines = [
         line(BEFORE, before, fit, test),
-        line(SAME, before, erased, eraser.transform(test)),
-        line(NEW, new, erased, eraser.transform(test)),
+        line(SAME, before, erased, shown),
+        line(NEW, new, erased, shown),
     ]
     drawn = []
     for _ in range(draws):
-        other = ProjectionEraser(random.normal(size=(max(1, eraser.rank), fit.shape[1])), centre=centre)
+        other = ProjectionEraser(random.normal(size=(max(1, fitted.rank), fit.shape[1])), centre=centre)
         x = other.transform(fit)
-        drawn.append(line(RANDOM, clone(estimator).fit(x, labels), x, other.transform(test)))
+        drawn.append(line(RANDOM, _fresh(estimator).fit(x, labels), x, other.transform(test)))
     means = pd.DataFrame(drawn).drop(columns="measured").mean().to_dict()
     variance = np.square(fit - centre).sum()
     return ErasureCheck(
@@ -199,14 +199,19 @@ def check_erasure(
         facts={
             "site": site,
             "target": config.target,
-            "eraser": type(eraser).__name__,
-            "rank": eraser.rank,
+            "eraser": type(fitted).__name__,
+            "rank": fitted.rank,
             "moved": float(np.square(erased - fit).sum() / variance) if variance > 0 else 0.0,
             "draws": draws,
             "seed": config.seed,
             **{name: value for name, value in source.facts.items() if "fingerprint" in name},
         },
     )
+
+
+def _fresh(estimator: Any) -> Any:
+    """An unfitted copy; typed so, since scikit-learn's `clone` also takes containers."""
+    return clone(estimator)
 
 
 def _levelled(scores: np.ndarray) -> np.ndarray:

@@ -128,9 +128,9 @@ class Scores:
 
     def view(self, row: int = 0, call: int = -1) -> TokenView:
         """One row as text with every token coloured by its score."""
-        frame = self.to_frame()
+        frame: Any = self.to_frame()
         call = call % max(1, len(self.calls))
-        lines = frame[(frame["call"] == call) & (frame["row"] == row)]
+        lines: Any = frame[(frame["call"] == call) & (frame["row"] == row)]
         if not len(lines):
             raise DataError(
                 f"no token of row {row} was seen in call {call}; there are {len(self.calls)} calls"
@@ -157,7 +157,7 @@ class Scores:
         from veridical.reporting.section import Section
 
         rows = self.rows()
-        said = f"{int(rows['fired'].sum())} of {len(rows)} rows fired above log-odds {self.threshold:.3f}."
+        said = f"{np.count_nonzero(rows['fired'])} of {len(rows)} rows fired above log-odds {self.threshold:.3f}."
         return Section(
             title=f"Monitored: {self.label} at {self.site}",
             text="\n\n".join([said, *self.notes]),
@@ -174,7 +174,7 @@ class Scores:
         rows = self.rows()
         return (
             f"Scores({self.label} at {self.site}: {len(rows)} rows in {len(self.calls)} calls, "
-            f"{int(rows['fired'].sum())} fired above {self.threshold:.3f})"
+            f"{np.count_nonzero(rows['fired'])} fired above {self.threshold:.3f})"
         )
 
     def _repr_html_(self) -> str:
@@ -183,8 +183,8 @@ class Scores:
     def _views(self) -> list[str]:
         if self.model.tokenizer is None:
             return []
-        lines = self.rows().head(SHOWN).to_dict("records")
-        return [self.view(int(line["row"]), int(line["call"])).to_html() for line in lines]
+        rows = self.rows().head(SHOWN)
+        return [self.view(int(row), int(call)).to_html() for row, call in zip(rows["row"], rows["call"])]
 
     # While it runs
 
@@ -212,8 +212,7 @@ class Scores:
     def first_over(self, call: int, row: int) -> tuple[int, int, float]:
         """Position, token id and score of the first token after which a row's score is over the threshold."""
         frame = self._table(call)
-        lines = frame[(frame["row"] == row) & (frame["row_score"] > self.threshold)]
-        line = lines.iloc[0]
+        line: Any = frame[(frame["row"] == row) & (frame["row_score"] > self.threshold)].iloc[0]
         return int(line["position"]), int(line["token_id"]), float(line["row_score"])
 
     def _counted(self, reading: Reading, ended: Tensor) -> tuple[Tensor, Tensor]:
