@@ -9,7 +9,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 import veridical as vd
 from veridical.errors import DataError, InputError, NonFiniteError, UnknownNameError
 from veridical.probes.erasure import LeaceEraser, ProjectionEraser
-from veridical.probes.erasure_check import BEFORE, NEW, RANDOM, SAME, check_erasure
+from veridical.probes.erasure_check import BEFORE, HELD_AFTER, HELD_BEFORE, NEW, RANDOM, SAME, check_erasure
 
 torch.set_num_threads(1)
 SITE = "blocks.1.hook_resid_post"
@@ -251,6 +251,8 @@ def test_before_and_after_erasure_on_held_out_pairs(planted, quick):
     frame = check.to_frame().set_index("measured")
     assert frame.loc[BEFORE, "auroc"] > 0.95
     assert frame.loc[NEW, "fit_auroc"] == 0.5
+    assert frame.loc[HELD_BEFORE, "auroc"] > 0.9
+    assert frame.loc[HELD_AFTER, "auroc"] < 0.65
     assert abs(frame.loc[NEW, "auroc"] - 0.5) < 0.15
     assert abs(frame.loc[SAME, "auroc"] - 0.5) < 0.15
     assert frame.loc[RANDOM, "auroc"] > 0.9
@@ -268,10 +270,25 @@ def test_a_projection_along_another_direction_erases_nothing(planted, quick):
     assert frame.loc[NEW, "auroc"] > 0.95
     assert "can still be read" in check.findings()[0]
     page = check.report_section()
-    assert page.headline[0][1] == f"{frame.loc[NEW, 'auroc']:.3f}"
-    assert len(check.figure().data[0].x) == 4
+    assert page.headline[0][1] == f"{frame.loc[HELD_AFTER, 'auroc']:.3f}"
+    assert len(check.figure().data[0].x) == 6
     assert "\n" not in repr(check)
     assert "<table" in check._repr_html_()
+
+
+def test_what_the_eraser_missed_is_found_among_the_held_out_pairs(planted, quick):
+    """A label that lies along another direction in the held-out pairs than in the fitted ones."""
+    data = planted(pairs=200)
+    split = np.where(data.pairs < 100, "train", "test")
+    x = data.acts["signal"].copy()
+    other = np.linalg.svd(data.direction[None])[2][1]
+    x[split == "test"] += 3 * np.outer(data.labels[split == "test"], other)
+    options = {"target": data.labels, "groups": data.pairs, **quick, "draws": 1}
+    check = check_erasure({"signal": x}, site="signal", rows={"split": split}, **options)
+    frame = check.to_frame().set_index("measured")
+    assert abs(frame.loc[NEW, "auroc"] - 0.5) < 0.1
+    assert frame.loc[HELD_AFTER, "auroc_low"] > 0.8
+    assert "can still be read" in check.findings()[0]
 
 
 def test_held_out_rows_take_no_part_in_the_erasure(planted, quick):

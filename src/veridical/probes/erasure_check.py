@@ -1,8 +1,9 @@
 """How much of a label a probe still reads after erasure, on pairs on which nothing was fitted.
 
-Eraser and probes are fitted on the fitted pairs; every figure is of the held-out ones. A probe fitted anew on
-erased activations is what counts: that the old probe fails only shows that its own direction is gone. The
-control erases as many random dimensions.
+The eraser is fitted on the fitted pairs; every figure is of the held-out ones. That the old probe fails only
+shows that its own direction is gone, and a new one on the eraser's own rows fails by construction where class
+means are equal. What counts is a probe fitted among the held-out pairs, on folds by pair: has the eraser
+missed what it had not seen? The control erases as many random dimensions.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sklearn.base import clone
 from veridical import config as configs
 from veridical.config import ProbeConfig
 from veridical.errors import InputError, unknown
+from veridical.pairs.splits import folds
 from veridical.probes import evaluate
 from veridical.probes.card import interval
 from veridical.probes.data import TARGET, Where, as_conditions, choose_rows, read_source
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 FLAT = 1e-6
 """Log-odds that vary by less over all rows are a constant up to rounding, and rank nothing."""
 BEFORE, SAME, NEW, RANDOM = "before", "after, same probe", "after, new probe", "random erased, new probe"
+HELD_BEFORE, HELD_AFTER = "before, fitted on held-out folds", "after, fitted on held-out folds"
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,30 +53,33 @@ class ErasureCheck:
     facts: Mapping[str, Any]
 
     def to_frame(self) -> pd.DataFrame:
-        """Lines: before; after, with the same probe; after, with a probe fitted on erased activations; and
-        with as many random dimensions erased (means over the draws).
+        """Lines: before; after, with the same probe; after, with a probe fitted on the erased fitted pairs;
+        with as many random dimensions erased (means over the draws); and before and after with probes that
+        were fitted among the held-out pairs, each row scored by the one that had not seen its pair.
 
-        Columns: `measured`, `fit_auroc` (on the rows that were fitted on), and `auroc`, `accuracy` and
-        `recall_at_1pct_fpr` on held-out pairs, each with its 95 % interval by pair (`_low`, `_high`).
+        Columns: `measured`, `fit_auroc` (on the rows that were fitted on; NaN for those on folds), and
+        `auroc`, `accuracy` and `recall_at_1pct_fpr` on held-out pairs, each with its 95 % interval by pair
+        (`_low`, `_high`).
         """
         return pd.DataFrame(list(self.lines))
 
     def findings(self) -> list[str]:
         """What is left of the label, in sentences."""
         at = {line["measured"]: line for line in self.lines}
-        before, same, new, random = (at[name] for name in (BEFORE, SAME, NEW, RANDOM))
-        gone = new["auroc_low"] <= 0.5 <= new["auroc_high"] or new["auroc"] < 0.5
+        before, same, random = (at[name] for name in (BEFORE, SAME, RANDOM))
+        missed, whole = at[HELD_AFTER], at[HELD_BEFORE]
+        gone = missed["auroc_low"] <= 0.5
         verdict = (
             f"After erasure {self.facts['target']} can't be read linearly at {self.facts['site']}"
             if gone
             else f"After erasure {self.facts['target']} can still be read at {self.facts['site']}"
         )
         return [
-            f"{verdict}: AUROC on held-out pairs {_said(before)} before, {_said(new)} with a probe fitted "
-            f"anew on erased activations, {_said(random)} with {self.facts['rank']} random dimensions "
-            "erased.",
-            f"The probe that was fitted before reaches {_said(same)} on erased activations. Erasure moved "
-            f"them by {self.facts['moved']:.1%} of their variance.",
+            f"{verdict}: a probe fitted among the held-out pairs reaches AUROC {_said(whole)} before and "
+            f"{_said(missed)} after.",
+            f"The probe of the fitted pairs reaches {_said(before)} on held-out pairs, {_said(same)} once "
+            f"they are erased, and {_said(random)} with {self.facts['rank']} random dimensions erased instead. "
+            f"Erasure moved activations by {self.facts['moved']:.1%} of their variance.",
         ]
 
     def figure(self) -> go.Figure:
@@ -103,13 +109,13 @@ class ErasureCheck:
         """Findings, figure, table."""
         from veridical.reporting.section import Section
 
-        after = next(line for line in self.lines if line["measured"] == NEW)
+        after = next(line for line in self.lines if line["measured"] == HELD_AFTER)
         return Section(
             title=f"Erasing {self.facts['target']}",
             text="\n\n".join(self.findings()),
             figures=(self.figure(),),
             tables=(("On held-out pairs, with 95 % intervals by pair", self.to_frame().round(3)),),
-            headline=(("AUROC of a new probe after erasure", f"{after['auroc']:.3f}"),),
+            headline=(("AUROC after erasure, fitted on held-out folds", f"{after['auroc']:.3f}"),),
         )
 
     def __repr__(self) -> str:
@@ -172,13 +178,16 @@ def check_erasure(
     erased, shown = fitted.transform(fit), fitted.transform(test)
     centre, random = fit.mean(0), np.random.default_rng([config.seed, 5])
 
+    def on_folds(measured: str, x: np.ndarray) -> dict[str, Any]:
+        scores = np.zeros(len(x))
+        for inside, outside in folds(source.groups[task.test], config.folds, config.seed, held):
+            scores[outside] = _fresh(estimator).fit(x[inside], held[inside]).decision_function(x[outside])
+        return {"measured": measured, "fit_auroc": np.nan, **_figures(scores, held, weights)}
+
     def line(measured: str, used: Any, at_fitting: np.ndarray, after: np.ndarray) -> dict[str, Any]:
         at_fit, at_test = (_levelled(used.decision_function(x)) for x in (at_fitting, after))
-        found = evaluate.measure(at_test, held, weights)
-        values = {"measured": measured, "fit_auroc": float(evaluate.auroc(at_fit[:, None], labels)[0])}
-        for name, figure in found.items():
-            values |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
-        return values
+        fit_auroc = float(evaluate.auroc(at_fit[:, None], labels)[0])
+        return {"measured": measured, "fit_auroc": fit_auroc, **_figures(at_test, held, weights)}
 
     before = _fresh(estimator).fit(fit, labels)
     new = _fresh(estimator).fit(erased, labels)
@@ -195,7 +204,12 @@ def check_erasure(
     means = pd.DataFrame(drawn).drop(columns="measured").mean().to_dict()
     variance = np.square(fit - centre).sum()
     return ErasureCheck(
-        lines=(*lines, {"measured": RANDOM, **means}),
+        lines=(
+            *lines,
+            {"measured": RANDOM, **means},
+            on_folds(HELD_BEFORE, test),
+            on_folds(HELD_AFTER, shown),
+        ),
         facts={
             "site": site,
             "target": config.target,
@@ -207,6 +221,16 @@ def check_erasure(
             **{name: value for name, value in source.facts.items() if "fingerprint" in name},
         },
     )
+
+
+def _figures(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """Figures on held-out pairs with their intervals, as columns."""
+    found = evaluate.measure(scores, positive, weights).items()
+    return {
+        f"{name}{end}": value
+        for name, figure in found
+        for end, value in (("", figure.value), ("_low", figure.low), ("_high", figure.high))
+    }
 
 
 def _fresh(estimator: Any) -> Any:

@@ -157,7 +157,8 @@ class Scores:
         from veridical.reporting.section import Section
 
         rows = self.rows()
-        said = f"{np.count_nonzero(rows['fired'])} of {len(rows)} rows fired above log-odds {self.threshold:.3f}."
+        fired = np.count_nonzero(rows["fired"])
+        said = f"{fired} of {len(rows)} rows fired above log-odds {self.threshold:.3f}."
         return Section(
             title=f"Monitored: {self.label} at {self.site}",
             text="\n\n".join([said, *self.notes]),
