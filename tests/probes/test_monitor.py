@@ -91,6 +91,28 @@ def test_a_generation_without_a_cache_and_one_with_it_give_the_same(model):
     assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [(3, {"cache_implementation": "static", "disable_compile": True}), (1, {"prompt_lookup_num_tokens": 3})],
+)
+def test_static_caches_and_guessed_tokens_give_the_same(model, rows, options):
+    """A static cache turns the mask into one of four dimensions; guesses that fail are taken back."""
+    probe = probe_for()
+    inputs = model.batch(model.encode(["tell a lie or tell a lie or tell", *PROMPTS[:2]][:rows]), "left")
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    with probe.monitor(model, ends=()) as scores:
+        made = model.model.generate(**given, max_new_tokens=9, do_sample=False, eos_token_id=None, **options)
+    assert len(scores.calls) == 1
+    for row, part in by_row(scores.to_frame()).items():
+        real = inputs["attention_mask"][row].bool()
+        ids = [*inputs["input_ids"][row][real].tolist(), *made[row, len(real) :].tolist()]
+        count = min(len(part), len(ids))  # guesses may have been read beyond the end
+        assert count >= len(ids) - 1
+        assert part["token_id"].tolist()[: len(ids) - 1] == ids[:-1]
+        expected = whole_pass(model, probe, ids)[: len(ids) - 1]
+        np.testing.assert_allclose(part["score"][: len(ids) - 1], expected, atol=1e-4)
+
+
 def test_rows_that_ended_are_not_scored_any_more(model):
     """Once a row has ended, `generate` feeds it padding with an attention mask of ones."""
     probe = probe_for()

@@ -78,8 +78,8 @@ class ErasureCheck:
             f"{verdict}: a probe fitted among the held-out pairs reaches AUROC {_said(whole)} before and "
             f"{_said(missed)} after.",
             f"The probe of the fitted pairs reaches {_said(before)} on held-out pairs, {_said(same)} once "
-            f"they are erased, and {_said(random)} with {self.facts['rank']} random dimensions erased instead. "
-            f"Erasure moved activations by {self.facts['moved']:.1%} of their variance.",
+            f"they are erased, and {_said(random)} with {self.facts['rank']} random dimensions erased "
+            f"instead. Erasure moved activations by {self.facts['moved']:.1%} of their variance.",
         ]
 
     def figure(self) -> go.Figure:
