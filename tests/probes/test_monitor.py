@@ -267,8 +267,7 @@ class TwoReadings(LinearProbe):
     def said(self):
         return "two"
 
-    @property
-    def readings_(self):
+    def readers(self):
         return np.stack([self.coef_[0], -2 * self.coef_[0]]), np.array([0.1, 0.2])
 
     def running(self):
@@ -279,23 +278,27 @@ class MeanOfBoth:
     def __init__(self):
         self.total, self.count = 0, 0
 
-    def update(self, scores, real):
-        kept = scores.sum(-1) * real
-        total, count = self.total + kept.cumsum(1), self.count + real.cumsum(1)
-        self.total, self.count = total[:, -1:], count[:, -1:]
-        return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
+    def update(self, readings):
+        self.total, self.count = self.total + readings.sum(1), self.count + 1
+        return self.total / self.count
 
 
 def test_a_probe_over_sequences_brings_its_own_running_score(model):
     probe = TwoReadings().adopt(np.array([0, 1]), probe_for().coef_[0], np.array([0.1]), 1)
     probe.origin_ = Origin(site=SITE)
+    plain = probe_for()
     fires = []
-    with probe.monitor(model, ends=(), threshold=-1e9, on_fire=fires.append) as scores:
+    with (
+        plain.monitor(model, ends=()) as single,
+        probe.monitor(model, ends=(), threshold=-1e9, on_fire=fires.append) as scores,
+    ):
         model.generate(PROMPTS, max_new_tokens=4)
     assert [fire.row for fire in fires] == [0, 1, 2]
-    for part in by_row(scores.to_frame()).values():
-        both = part["score"] - 0.1 + 0.1 + (-2 * (part["score"] - 0.1) + 0.2)
-        np.testing.assert_allclose(part["row_score"], both.expanding().mean(), atol=1e-4)
+    alone = by_row(single.to_frame())
+    for row, part in by_row(scores.to_frame()).items():
+        first = alone[row]["score"].to_numpy() - 0.1
+        np.testing.assert_allclose(part["score"], first + 0.1 - 2 * first + 0.2, atol=1e-4)
+        np.testing.assert_allclose(part["row_score"], part["score"].expanding().mean(), atol=1e-4)
 
 
 # Showing

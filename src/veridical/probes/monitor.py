@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -26,7 +27,7 @@ from veridical.errors import DataError, InputError, ModelError, unknown
 from veridical.probes.fits import place_for
 from veridical.probes.monitored import Call, Reading, Scores
 from veridical.probes.passes import Passes, following
-from veridical.probes.running import RUNNING, Aggregate, Aggregating, Running
+from veridical.probes.running import RUNNING, Aggregate, Aggregating, RowByRow, Running
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -196,7 +197,7 @@ def _threshold(probe: LinearProbe, given: float | str | None) -> tuple[float, tu
 def _readings(probe: LinearProbe) -> tuple[np.ndarray, np.ndarray]:
     """Weights `[k, d]` and biases `[k]` of what is read from each token."""
     if isinstance(probe, Aggregating):
-        weights, biases = (np.asarray(part, dtype=np.float64) for part in probe.readings_)
+        weights, biases = (np.asarray(part, dtype=np.float64) for part in probe.readers())
     else:
         weights, biases = probe.coef_, probe.intercept_
     if weights.ndim != 2 or biases.shape != (len(weights),) or not np.isfinite(weights).all():
@@ -205,7 +206,7 @@ def _readings(probe: LinearProbe) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running(probe: LinearProbe, aggregate: Aggregate) -> Callable[[], Running]:
-    return probe.running if isinstance(probe, Aggregating) else RUNNING[aggregate]
+    return partial(RowByRow, probe) if isinstance(probe, Aggregating) else RUNNING[aggregate]
 
 
 def _ends(model: HookedModel) -> tuple[int, ...]:

@@ -92,8 +92,8 @@ class Scores:
         """One line per token that was read, padding and ended rows left out.
 
         Columns: `call`, `row` and `position` (without padding), `token_id`, `token`, `generated` (read after
-        the first pass; else it is of the prompt), `score` (log-odds; of a probe with several readings per
-        token its first), `probability`, `fires`, `row_score` (the row's score after this token).
+        the first pass; else it is of the prompt), `score` (log-odds; of a probe over sequences that of a
+        sequence of this one token), `probability`, `fires`, `row_score` (the row's score after this token).
         """
         parts = [self._table(number) for number in range(len(self.calls))]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
@@ -261,7 +261,7 @@ class Scores:
         row_score = self.make_running().update(values.nan_to_num(), counted)
         position = real.cumsum(1) - 1
         row, at = torch.nonzero(kept, as_tuple=True)
-        score = values[row, at, 0].double().numpy()
+        score = self.make_running().alone(values[row, at]).double().numpy()
         return pd.DataFrame(
             {
                 "call": number,
