@@ -9,9 +9,10 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from torch import Tensor
 from veridical.errors import DataError
 from veridical.probes.origin import Origin
 from veridical.probes.solver import Design, Solution
+
+if TYPE_CHECKING:
+    from veridical.hooked import HookedModel
+    from veridical.probes.monitored import Scores
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         from veridical.probes.saved import save_probe
 
         return save_probe(self, folder)
+
+    def monitor(self, model: HookedModel, **options: Any) -> AbstractContextManager[Scores]:
+        """Scores every token that `model` reads in the context; see `veridical.probes.monitor`."""
+        from veridical.probes.monitor import monitor
+
+        return monitor(self, model, **options)
 
     def adopt(
         self, classes: np.ndarray, coefficients: np.ndarray, intercepts: np.ndarray, steps: int
