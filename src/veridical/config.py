@@ -55,6 +55,9 @@ class ProbeConfig:
     """Label column to predict."""
     where: tuple[str, ...] = ()
     """Row conditions such as instructed_to_lie=True; rows that fail one are left out."""
+    holdout: tuple[str, ...] = ()
+    """Row conditions such as system_held_out=True; rows that meet them all are never fitted on, and the test
+    is made of such rows of the held-out pairs alone."""
     folds: int = 5
     """Folds by pair, in which site and strength are chosen."""
     test_fraction: float = 0.3
@@ -69,6 +72,30 @@ class ProbeConfig:
     """Fit TF-IDF with logistic regression on the text alone, with the same folds."""
     seed: int = 0
     """Seed of folds, bootstraps and shuffles."""
+    progress: bool | None = None
+    """Progress bar; by default only on a terminal or in a notebook."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HonestyConfig:
+    """How the lying and the instruction probes are fitted side by side, and by what their rows are parted."""
+
+    holdout: tuple[str, ...] | None = None
+    """Row conditions that mark rows which are never fitted on; system_held_out=True where not given."""
+    by: tuple[str, ...] | None = None
+    """Columns by whose values figures are given; where not given, scenario if there is such a column."""
+    difficulty: str | None = None
+    """Column of difficulty; where not given, difficulty or else thirds of belief_confidence."""
+    folds: int = 5
+    """Folds by pair: each row is judged by a probe that saw nothing of its pair."""
+    strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """Inverse L2 strengths C that are tried."""
+    bootstrap: int = 500
+    """Resamples of whole pairs for the 95 % intervals."""
+    text_baseline: bool = True
+    """Fit TF-IDF with logistic regression on the text alone, with the same folds."""
+    seed: int = 0
+    """Seed of folds and bootstraps."""
     progress: bool | None = None
     """Progress bar; by default only on a terminal or in a notebook."""
 

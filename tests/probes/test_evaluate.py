@@ -57,6 +57,25 @@ def test_weighted_figures_equal_sklearn_with_sample_weights(ties, monkeypatch):
             assert found["recall_at_1pct_fpr"][r] == pytest.approx(recall_at(scores, positive, w))
 
 
+def test_auroc_within_strata_counts_pairs_of_one_stratum_and_no_offset():
+    scores, positive = scored()
+    strata = np.random.default_rng(1).integers(0, 3, 200)
+    weights = evaluate.resample_weights(np.arange(200) // 2, 5, 0)
+    found = evaluate.auroc_within(scores, positive, strata, weights)
+    for w, value in zip(weights, found):
+        ordered = total = 0.0
+        for i in np.flatnonzero(positive):
+            for j in np.flatnonzero(~positive & (strata == strata[i])):
+                ordered += w[i] * w[j] * ((scores[i] > scores[j]) + 0.5 * (scores[i] == scores[j]))
+                total += w[i] * w[j]
+        assert value == pytest.approx(ordered / total)
+    shifted = evaluate.auroc_within(scores + 10 * strata, positive, strata, weights)
+    np.testing.assert_allclose(shifted, found, atol=1e-9)
+    one = evaluate.auroc_within(scores, positive, np.zeros(200), weights)
+    np.testing.assert_allclose(one, evaluate.weighted_auroc(scores, positive, weights))
+    assert np.isnan(evaluate.auroc_within(scores, positive, positive, weights)).all()
+
+
 def test_a_resample_of_one_class_has_no_auroc():
     scores, positive = scored(n=10)
     weights = np.stack([positive, ~positive, np.ones(10)]).astype(int)

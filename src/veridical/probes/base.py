@@ -209,6 +209,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         """The reverse of `arrays`."""
         return self.adopt(classes, arrays["coef"], arrays["intercept"], steps)
 
+    def at(self, strength: float) -> Self:
+        """An unfitted copy, with `strength` as its C where it has one."""
+        parameters = self.get_params(deep=False)
+        return type(self)(**{**parameters, "C": strength} if self.tuned else parameters)
+
     def _check(self) -> None:
         """Refuses parameters that make no sense."""
         strength = getattr(self, "C", 1.0)

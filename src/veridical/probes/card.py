@@ -22,6 +22,11 @@ LIMITS = (
     "It belongs to the model whose fingerprint is given; another checkpoint has other directions.",
 )
 
+THRESHOLDS = {
+    "balanced": "threshold, recall plus specificity largest",
+    "fpr1": "threshold, 1 % false positives on the fitted pairs (out of fold)",
+}
+
 
 def card(probe: LinearProbe) -> str:
     """The card of a fitted probe as Markdown."""
@@ -41,6 +46,12 @@ def card(probe: LinearProbe) -> str:
         ("rows", ", ".join(origin.where) if origin.where else "all"),
     ]
     facts += [(name.replace("_", " "), str(value)) for name, value in origin.rows.items()]
+    facts += [(THRESHOLDS.get(name, name), f"{value:.4g}") for name, value in origin.thresholds.items()]
+    if origin.calibration:
+        slope, shift = origin.calibration["slope"], origin.calibration["intercept"]
+        facts.append(
+            ("calibrated probability (Platt)", f"sigmoid({slope:.4g} * decision value + {shift:.4g})")
+        )
     parts = [f"# {title}", _table(("", ""), facts), USE.format(width=probe.n_features_in_, read=read)]
     if origin.metrics:
         parts += ["## Figures on held-out pairs", _table(("figure", "value"), _figures(origin))]

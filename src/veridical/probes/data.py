@@ -150,9 +150,15 @@ def choose_rows(source: Source, config: ProbeConfig, where: Sequence[str]) -> Ta
     positive = np.zeros(len(source), dtype=bool)
     positive[used] = codes == 1
     is_test, said = _hold_out(source, used, positive, config)
-    task = Task(
-        used[~is_test], used[is_test], positive, classes, {k: v for k, v in excluded.items() if v}, said
-    )
+    fit, test = used[~is_test], used[is_test]
+    if config.holdout:
+        marked = meets(source, config.holdout)
+        told = " and ".join(config.holdout)
+        excluded[f"{told}, of fitted pairs"] = int(marked[fit].sum())
+        excluded[f"not {told}, of held-out pairs"] = int((~marked[test]).sum())
+        fit, test = fit[~marked[fit]], test[marked[test]]
+        said += f"; of these pairs only rows where {told}, and no such row was fitted on"
+    task = Task(fit, test, positive, classes, {k: v for k, v in excluded.items() if v}, said)
     _check_parts(source, task, config)
     return task
 
@@ -166,6 +172,18 @@ def as_conditions(where: Where | None) -> tuple[str, ...]:
     if isinstance(where, Mapping):
         return tuple(f"{name}={value}" for name, value in where.items())
     return tuple(where)
+
+
+def meets(source: Source, conditions: Sequence[str]) -> np.ndarray:
+    """Which vectors meet every condition, `[n]` bool; a condition that no vector meets is refused."""
+    kept = np.ones(len(source), dtype=bool)
+    for condition in conditions:
+        kept &= _holds(source, condition)
+        if not kept.any():
+            raise DataError(
+                f"no row is left where {condition}; the column holds {_values(source, condition)}"
+            )
+    return kept
 
 
 def missing(value: Any) -> bool:

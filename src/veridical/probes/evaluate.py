@@ -49,13 +49,16 @@ def settled(scores: np.ndarray) -> np.ndarray:
     return np.round(scores / step) * step
 
 
-def weighted_metrics(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """Every figure of `METRICS` for each row of weights.
+def weighted_metrics(
+    scores: np.ndarray, positive: np.ndarray, weights: np.ndarray, wanted: tuple[str, ...] = METRICS
+) -> dict[str, np.ndarray]:
+    """The figures of `METRICS` that are wanted, for each row of weights.
 
     Args:
         scores: `[n]`, decision values; above 0 is called positive.
         positive: `[n]` bool.
         weights: `[r, n]`, how often each row counts in each resample.
+        wanted: Names of figures.
 
     Returns:
         Arrays `[r]`; NaN where a resample holds one class only.
@@ -64,7 +67,7 @@ def weighted_metrics(scores: np.ndarray, positive: np.ndarray, weights: np.ndarr
     ordered, labels = scores[order], positive[order]
     ends = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
     right = (scores > 0) == positive
-    out = {name: np.empty(len(weights)) for name in METRICS}
+    out = {name: np.empty(len(weights)) for name in wanted}
     step = max(1, CHUNK_ELEMENTS // max(1, len(scores)))
     for first in range(0, len(weights), step):
         part = weights[first : first + step].astype(np.float64)
@@ -73,17 +76,21 @@ def weighted_metrics(scores: np.ndarray, positive: np.ndarray, weights: np.ndarr
         alarms = np.cumsum(part[:, order] * ~labels, 1)[:, ends]
         with np.errstate(invalid="ignore", divide="ignore"):
             recall, false = hits / hits[:, -1:], alarms / alarms[:, -1:]
-            before = np.concatenate([np.zeros((len(part), 1)), recall[:, :-1]], 1)
-            width = np.diff(false, axis=1, prepend=0)
-            values = {
-                "auroc": (width * (recall + before) / 2).sum(1),
-                "accuracy": (part * right).sum(1) / part.sum(1),
-                "recall_at_1pct_fpr": np.where(false <= FALSE_POSITIVES + 1e-12, recall, 0).max(1),
-            }
+            found = {"auroc": _area(false, recall)}
+            if "accuracy" in wanted:
+                found["accuracy"] = (part * right).sum(1) / part.sum(1)
+            if "recall_at_1pct_fpr" in wanted:
+                found["recall_at_1pct_fpr"] = np.where(false <= FALSE_POSITIVES + 1e-12, recall, 0).max(1)
         single = (hits[:, -1] == 0) | (alarms[:, -1] == 0)
-        for name, value in values.items():
-            out[name][first : first + step] = np.where(single, np.nan, value)
+        for name in wanted:
+            out[name][first : first + step] = np.where(single, np.nan, found[name])
     return out
+
+
+def _area(false: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    """Area under each curve by trapezoids, so that ties count half."""
+    before = np.concatenate([np.zeros((len(recall), 1)), recall[:, :-1]], 1)
+    return (np.diff(false, axis=1, prepend=0) * (recall + before) / 2).sum(1)
 
 
 def resample_weights(groups: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -117,6 +124,73 @@ def difference(scores: np.ndarray, others: np.ndarray, positive: np.ndarray, wei
     whole = auroc(both, positive)
     first, second = (weighted_metrics(column, positive, weights)["auroc"] for column in both.T)
     return estimate(whole[0] - whole[1], first - second)
+
+
+def selectivity(
+    scores: np.ndarray, positive: np.ndarray, controls: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> Estimate | None:
+    """AUROC of the task minus the mean AUROC of its control tasks; all see the same resamples.
+
+    After Hewitt and Liang (2019, arXiv:1909.03368), who take accuracies and draw control labels at random for
+    each word type; here the control labels are the task's, permuted over pairs, and AUROC needs no threshold.
+
+    Args:
+        scores: `[n]`, decision values for the task.
+        positive: `[n]` bool.
+        controls: `[n, s]`, decision values of the same probe for each control task.
+        labels: `[n, s]` bool, the control tasks.
+        weights: `[r, n]`, resamples.
+
+    Returns:
+        None without control tasks.
+    """
+    if not controls.shape[1]:
+        return None
+    chance = [weighted_auroc(controls[:, s], labels[:, s], weights) for s in range(controls.shape[1])]
+    task = auroc(scores[:, None], positive)[0]
+    return estimate(
+        task - float(np.nanmean(auroc(controls, labels))),
+        weighted_auroc(scores, positive, weights) - _mean_of(np.stack(chance)),
+    )
+
+
+def weighted_auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC for each row of weights `[r, n]`, `[r]`; NaN where a resample holds one class only."""
+    return weighted_metrics(scores, positive, weights, ("auroc",))["auroc"]
+
+
+def auroc_within(
+    scores: np.ndarray, positive: np.ndarray, strata: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Share of pairs of a positive and a negative of one stratum that are in order, `[r]`; ties count half.
+
+    Scores of cross-fitted folds come from different probes: pooled, the offset of each fold would count, and
+    pull a probe that knows nothing below 0.5 (Parker, Gunter and Bedo 2007, "Stratification bias in low
+    signal microarray studies"). With one stratum this is the AUROC.
+
+    Args:
+        scores: `[n]`.
+        positive: `[n]` bool.
+        strata: `[n]`, such as the fold of each row.
+        weights: `[r, n]`, resamples.
+    """
+    ordered, total = np.zeros(len(weights)), np.zeros(len(weights))
+    for stratum in np.unique(strata):
+        rows = strata == stratum
+        part = weights[:, rows].astype(np.float64)
+        count = (part @ positive[rows]) * (part @ ~positive[rows])
+        found = weighted_auroc(scores[rows], positive[rows], weights[:, rows])
+        ordered += np.where(count > 0, found, 0) * count
+        total += count
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ordered / total
+
+
+def _mean_of(values: np.ndarray) -> np.ndarray:
+    """Means over the first axis without NaN; NaN where there is nothing else."""
+    counted = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(counted, values, 0).sum(0) / counted.sum(0)
 
 
 def share(flags: np.ndarray, weights: np.ndarray) -> Estimate:

@@ -12,6 +12,8 @@ from veridical.reporting import figures
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from veridical.probes.calibration import Calibration
+    from veridical.probes.honesty_report import HonestyReport
     from veridical.probes.result import ProbeSweep, SiteResult
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(\w+)$")
@@ -37,6 +39,8 @@ def auroc_by_site(sweep: ProbeSweep) -> go.Figure:
         )
     if len(sweep.selected_control):
         _control(figure, series)
+    if all(len(result.random) for result in sweep.results):
+        _random(figure, series)
     _mark_best(figure, sweep, series)
     figures.reference_line(figure, 0.5, "chance")
     if sweep.text is not None:
@@ -91,6 +95,19 @@ def _control(figure: go.Figure, series: dict[str, list[tuple[int | str, SiteResu
         )
 
 
+def _random(figure: go.Figure, series: dict[str, list[tuple[int | str, SiteResult]]]) -> None:
+    for kind, points in series.items():
+        figures.line_with_band(
+            figure,
+            [x for x, _ in points],
+            [float(np.quantile(result.random, 0.95)) for _, result in points],
+            name="random directions, 95 % below" + ("" if len(series) == 1 else f", {kind}"),
+            colour=figures.AMBER,
+            dash="dot",
+            markers=False,
+        )
+
+
 def _said(result: SiteResult) -> str:
     strength = getattr(result.probe, "C", None)
     return result.site if strength is None else f"{result.site}, C = {strength:g}"
@@ -115,3 +132,78 @@ def _mark_best(
                         hoverinfo="skip",
                     )
                 )
+
+
+def reliability(calibration: Calibration) -> go.Figure:
+    """Share of positives by mean probability of each bin, one line per method, against the diagonal."""
+    import plotly.graph_objects as go
+
+    figure = figures.figure()
+    figure.add_trace(
+        go.Scatter(
+            x=[0, 1],
+            y=[0, 1],
+            mode="lines",
+            line={"color": figures.GREY, "width": 1.5, "dash": "dot"},
+            name="perfect",
+            hoverinfo="skip",
+        )
+    )
+    for colour, (method, bins) in zip(figures.COLOURS, calibration.bins.groupby("method", sort=False)):
+        figures.line_with_band(
+            figure,
+            bins["probability"].tolist(),
+            bins["share"],
+            bins["low"],
+            bins["high"],
+            name=str(method),
+            colour=colour,
+            hover=[f"{rows} rows" for rows in bins["rows"]],
+        )
+    figure.update_xaxes(range=[0, 1])
+    return figures.style(
+        figure,
+        f"Reliability on held-out pairs of the probe for {figures.plain(calibration.name, 80)}",
+        "probability that the probe gives",
+        "share of positives",
+        y_range=(-0.02, 1.02),
+    )
+
+
+def honesty_by_site(report: HonestyReport) -> go.Figure:
+    """AUROC by site: the lying and the instruction probes, each scored on the lie and the instruction."""
+    figure = figures.figure()
+    table = report.to_frame()
+    table = table[(table["rows"] == "all rows") & (table["site"] != "text")]
+    estimator = report.chosen["lying"][0][0]
+    table = table[table["estimator"] == estimator]
+    shown = (
+        ("lying", "auroc_lied", "lying probe on lies", figures.ORANGE, None),
+        ("lying, all rows", "auroc_lied", "lying probe (all rows) on lies", figures.AMBER, None),
+        ("lying", "auroc_told_of_truthful", "lying probe on the instruction", figures.ORANGE, "dot"),
+        ("instruction", "auroc_told", "instruction probe on the instruction", figures.BLUE, None),
+        ("instruction", "auroc_lied", "instruction probe on lies", figures.BLUE, "dot"),
+    )
+    places = {site: _place(site) or ("", 0) for site in table["site"]}
+    layers = len({kind for kind, _ in places.values()}) == 1 and "" not in dict(places.values())
+    for probe, column, name, colour, dash in shown:
+        lines = table[table["probe"] == probe]
+        figures.line_with_band(
+            figure,
+            [places[site][1] if layers else figures.plain(site, 32) for site in lines["site"]],
+            lines[column],
+            lines[f"{column}_low"],
+            lines[f"{column}_high"],
+            name=name,
+            colour=colour,
+            dash=dash,
+            hover=[figures.plain(site) for site in lines["site"]],
+        )
+    figures.reference_line(figure, 0.5, "chance")
+    return figures.style(
+        figure,
+        f"Lie or instruction: AUROC on held-out pairs ({figures.plain(estimator, 40)})",
+        "layer" if layers else "site",
+        "AUROC",
+        y_range=(0, 1.02),
+    )

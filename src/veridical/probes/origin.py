@@ -23,6 +23,10 @@ class Origin:
         rows: Counts of rows and pairs for fitting and test, and what was left out.
         notes: Plain sentences on what the figures do and do not show.
         seed: Seed of folds, bootstraps and shuffles.
+        thresholds: Decision values above which the probe calls a row positive, set on out-of-fold scores of
+            the fitted pairs: `balanced` (recall plus specificity largest) and `fpr1` (1 % of the negatives
+            above it). Empty for a probe that was fitted by hand.
+        calibration: `slope` and `intercept` of Platt's curve on the decision values, from the same scores.
     """
 
     site: str | None = None
@@ -36,6 +40,8 @@ class Origin:
     rows: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     seed: int | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    calibration: Mapping[str, float] = field(default_factory=dict)
 
     def said(self) -> str:
         """Label, site and AUROC in a few words."""

@@ -13,8 +13,10 @@ import pandas as pd
 
 from veridical.config import ProbeConfig
 from veridical.errors import unknown
+from veridical.probes.calibration import Calibration, calibrate, fit_platt
 from veridical.probes.card import interval, number
 from veridical.probes.evaluate import METRICS, Estimate
+from veridical.probes.firing import balanced_threshold, false_positive_threshold
 from veridical.probes.origin import Origin
 from veridical.probes.verdict import verdict
 
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
     from veridical.probes.base import LinearProbe
     from veridical.probes.data import Source, Task
     from veridical.reporting.section import Section
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What was true of the rows of a sweep: fitted `[fit]` and held out `[test]` bool, pairs `[test]`."""
+
+    fit: np.ndarray
+    test: np.ndarray
+    test_pairs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,10 @@ class SiteResult:
         metrics: Figures on the held-out pairs.
         control: `[shuffles]`, AUROC there of probes for labels permuted over pairs.
         lead_over_text: AUROC less that of the text baseline, with an interval over the same resamples.
+        random: `[draws]`, AUROC there of random directions whose sign was chosen on the fitted pairs.
+        selectivity: AUROC less the mean of `control`, over the same resamples; None without shuffles.
+        out_of_fold: `[fit]`, decision value of each fitted row by the probe of the fold that held it out.
+        test_scores: `[test]`, decision values of `probe` on the held-out rows.
         converged: Whether the solver reached its tolerance.
     """
 
@@ -46,6 +61,10 @@ class SiteResult:
     metrics: Mapping[str, Estimate]
     control: np.ndarray
     lead_over_text: Estimate | None
+    random: np.ndarray = field(default_factory=lambda: np.empty(0))
+    selectivity: Estimate | None = None
+    out_of_fold: np.ndarray = field(default_factory=lambda: np.empty(0))
+    test_scores: np.ndarray = field(default_factory=lambda: np.empty(0))
     converged: bool = True
 
 
@@ -65,6 +84,7 @@ class ProbeSweep:
         counts: Rows and pairs fitted and held out, and what was left out.
         facts: Tokens, model and fingerprints.
         notes: What should be known about rows, texts and splits.
+        labels: What was true of the fitted and the held-out rows, in the order of the scores.
     """
 
     config: ProbeConfig
@@ -77,6 +97,7 @@ class ProbeSweep:
     counts: Mapping[str, Any]
     facts: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    labels: Labels | None = None
 
     @classmethod
     def assemble(
@@ -108,6 +129,11 @@ class ProbeSweep:
             counts,
             source.facts,
             source.notes,
+            Labels(
+                task.positive[task.fit],
+                task.positive[task.test],
+                np.unique(source.groups[task.test], return_inverse=True)[1].reshape(-1),
+            ),
         )
         for result in results:
             result.probe.origin_ = draft._origin(result)
@@ -139,6 +165,10 @@ class ProbeSweep:
     def metrics(self) -> dict[str, float | None]:
         """The figures of the best site as plain JSON values."""
         return dict(self.best().origin_.metrics)
+
+    def calibration(self, site: str | None = None, bins: int = 10) -> Calibration:
+        """Platt and isotonic calibration at `site` (the chosen one), judged on held-out pairs."""
+        return calibrate(self, site, bins)
 
     def findings(self) -> list[str]:
         """What the figures say, in sentences."""
@@ -223,7 +253,8 @@ class ProbeSweep:
             f"{counts['test_vectors']} vectors of {counts['test_pairs']} other pairs, of which "
             f"{counts['test_positive']} are positive. Held out: {counts['split']}. Site and strength were "
             f"chosen on {self.config.folds} folds of the fitted pairs. Intervals are 95 %, over "
-            f"{self.config.bootstrap} resamples of whole pairs."
+            f"{self.config.bootstrap} resamples of whole pairs. Selectivity is the AUROC less that of the "
+            "same probe on control labels, which are the labels permuted over pairs."
             + (f" Left out: {left_out}." if left_out else "")
         )
 
@@ -244,6 +275,11 @@ class ProbeSweep:
         line["shuffled_auroc_p95"] = (
             float(np.quantile(result.control, 0.95)) if len(result.control) else np.nan
         )
+        if result.selectivity is not None:
+            line |= _spread("selectivity", result.selectivity)
+        if len(result.random):
+            line["random_direction_auroc"] = _mean(result.random)
+            line["random_direction_auroc_p95"] = float(np.quantile(result.random, 0.95))
         if self.text is not None and result.lead_over_text is not None:
             line |= _spread("text_auroc", self.text["auroc"])
             line |= _spread("lead_over_text", result.lead_over_text)
@@ -270,7 +306,19 @@ class ProbeSweep:
             rows=counts,
             notes=tuple(self.findings()) if chosen else self.notes,
             seed=self.config.seed,
+            **self._calls(result),
         )
+
+    def _calls(self, result: SiteResult) -> dict[str, dict[str, float]]:
+        """Thresholds and Platt's curve of one site, from its out-of-fold scores."""
+        if self.labels is None or not len(result.out_of_fold):
+            return {}
+        scores, positive = result.out_of_fold, self.labels.fit
+        thresholds = {
+            "balanced": balanced_threshold(scores, positive),
+            "fpr1": false_positive_threshold(scores[~positive]),
+        }
+        return {"thresholds": thresholds, "calibration": fit_platt(scores, positive)}
 
 
 def _counts(source: Source, task: Task) -> dict[str, Any]:

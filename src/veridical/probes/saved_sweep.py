@@ -18,7 +18,7 @@ from veridical.errors import DamagedFileError, DataError, InputError
 from veridical.probes.evaluate import Estimate
 from veridical.probes.kinds import kind
 from veridical.probes.origin import Origin
-from veridical.probes.result import ProbeSweep, SiteResult
+from veridical.probes.result import Labels, ProbeSweep, SiteResult
 from veridical.probes.saved import canonical, digest, read_checked
 from veridical.provenance import provenance
 
@@ -82,16 +82,22 @@ def load_sweep(folder: str | Path) -> ProbeSweep:
         counts=body["counts"],
         facts=body["facts"],
         notes=tuple(body["notes"]),
+        labels=_labels(tensors),
     )
 
 
 def _tensors(sweep: ProbeSweep) -> dict[str, np.ndarray]:
     tensors = {"selected_control": np.asarray(sweep.selected_control, dtype=np.float64)}
+    if sweep.labels is not None:
+        tensors |= {f"labels.{name}": values for name, values in vars(sweep.labels).items()}
     for number, result in enumerate(sweep.results):
         tensors[f"{number}.coef"] = result.probe.coef_
         tensors[f"{number}.intercept"] = result.probe.intercept_
         tensors[f"{number}.control"] = np.asarray(result.control, dtype=np.float64)
-    return tensors
+        for name in ("random", "out_of_fold", "test_scores"):
+            tensors[f"{number}.{name}"] = np.asarray(getattr(result, name), dtype=np.float64)
+    # safetensors writes the memory as it lies, whatever the strides of a view are.
+    return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
 
 
 def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
@@ -110,6 +116,7 @@ def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
                 "fold_auroc": result.fold_auroc,
                 "metrics": {name: _numbers(value) for name, value in result.metrics.items()},
                 "lead_over_text": None if result.lead_over_text is None else _numbers(result.lead_over_text),
+                "selectivity": None if result.selectivity is None else _numbers(result.selectivity),
                 "origin": result.probe.origin_.to_dict(),
             }
             for result in sweep.results
@@ -129,7 +136,7 @@ def _site(
     probe = kind(saved["kind"])(**saved["parameters"])
     probe.adopt(classes, tensors[f"{number}.coef"], tensors[f"{number}.intercept"], saved["n_iter"])
     probe.origin_ = Origin.from_dict(saved["origin"])
-    lead = saved["lead_over_text"]
+    lead, selectivity = saved["lead_over_text"], saved["selectivity"]
     return SiteResult(
         site=saved["site"],
         probe=probe,
@@ -137,8 +144,17 @@ def _site(
         metrics={name: _estimate(value) for name, value in saved["metrics"].items()},
         control=tensors[f"{number}.control"],
         lead_over_text=None if lead is None else _estimate(lead),
+        random=tensors[f"{number}.random"],
+        out_of_fold=tensors[f"{number}.out_of_fold"],
+        test_scores=tensors[f"{number}.test_scores"],
+        selectivity=None if selectivity is None else _estimate(selectivity),
         converged=saved["converged"],
     )
+
+
+def _labels(tensors: dict[str, np.ndarray]) -> Labels | None:
+    found = {name.removeprefix("labels."): v for name, v in tensors.items() if name.startswith("labels.")}
+    return Labels(**found) if found else None
 
 
 def _numbers(estimate: Estimate) -> list[float | None]:

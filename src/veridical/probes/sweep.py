@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.base import clone
 from torch import Tensor
 
 from veridical import config as configs
@@ -24,6 +23,7 @@ from veridical.errors import DataError
 from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.baseline import text_scores
+from veridical.probes.controls import random_directions
 from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows, read_source
 from veridical.probes.firing import firing_rates
 from veridical.probes.kinds import kind
@@ -48,6 +48,7 @@ def fit_probes(
     texts: Sequence[str] | None = None,
     rows: Any = None,
     where: Where | None = None,
+    holdout: Where | None = None,
     **options: Any,
 ) -> ProbeSweep:
     """Fits a probe at every site and reports it beside its controls.
@@ -65,6 +66,8 @@ def fit_probes(
         rows: Table of label columns for a dict of activations (DataFrame or mapping), for `target`, `where`,
             `split`.
         where: Conditions on the rows: `"instructed_to_lie=True"`, several, or `{"instructed_to_lie": True}`.
+        holdout: Conditions (in the form of `where`) that mark rows which are never fitted on, such as
+            `"system_held_out=True"`; the test is then made of such rows of held-out pairs.
         **options: Fields of `ProbeConfig`.
 
     Raises:
@@ -74,6 +77,8 @@ def fit_probes(
     """
     if where is not None:
         options["where"] = as_conditions(where)
+    if holdout is not None:
+        options["holdout"] = as_conditions(holdout)
     if target is not None:
         options["target"] = target if isinstance(target, str) else TARGET
     config = configs.build(ProbeConfig, config, **options)
@@ -99,6 +104,7 @@ class _SiteFit:
     converged: bool
     out_of_fold: np.ndarray  # [fit]
     test_scores: np.ndarray  # [test, 1 + shuffles]
+    random: np.ndarray  # [draws], test AUROC of random directions
 
 
 class _Sweep:
@@ -176,7 +182,11 @@ class _Sweep:
             converged=bool(final.converged[0]),
             out_of_fold=out_of_fold[:, chosen[0]],
             test_scores=evaluate.settled(scores.cpu().numpy()),
-        )
+            random=random_directions(
+                x, self.fit_labels[:, 0], held, self._test_truth,
+                standardise=self.probe.standardise, seed=self.config.seed,
+            ),
+        )  # fmt: skip
 
     def _problems(self, targets: Tensor, weights: Tensor, strengths: Tensor, **options: Any) -> Problems:
         """Fits on the vectors for selection and fitting, with what they have beside the label."""
@@ -221,9 +231,7 @@ class _Sweep:
                 for s in range(1, self.test_labels.shape[1])
             ]
         )
-        probe = clone(self.probe)
-        if self.probe.tuned:
-            probe.set_params(C=fit.strength)
+        probe = self.probe.at(fit.strength)
         probe.adopt(self.task.classes, fit.coefficients, np.array([fit.intercept]), fit.steps)
         lead = None if text is None else evaluate.difference(scores, text[0], truth, self.weights)
         return SiteResult(
@@ -233,6 +241,12 @@ class _Sweep:
             metrics=evaluate.measure(scores, truth, self.weights),
             control=control,
             lead_over_text=lead,
+            random=fit.random,
+            out_of_fold=fit.out_of_fold,
+            test_scores=scores,
+            selectivity=evaluate.selectivity(
+                scores, truth, fit.test_scores[:, 1:], self.test_labels[:, 1:], self.weights
+            ),
             converged=fit.converged,
         )
 

@@ -20,6 +20,7 @@ def verdict(sweep: ProbeSweep) -> list[str]:
     """Sentences for a report, the most important first."""
     best = sweep[sweep.best_site]
     said = [_strength(sweep, best), _text(sweep, best), _control(sweep, best)]
+    said += [_selectivity(best), _random(best)]
     said += _cautions(sweep, best)
     return [sentence for sentence in said if sentence] + list(sweep.notes)
 
@@ -87,6 +88,31 @@ def _control(sweep: ProbeSweep, best: SiteResult) -> str:
         f"{number(float(draws.mean()))} on average and below {number(limit)} in 95 % of {len(draws)} "
         f"shuffles (p = {p:.2f})."
     )
+
+
+def _selectivity(best: SiteResult) -> str:
+    if best.selectivity is None:
+        return ""
+    return (
+        f"Selectivity (AUROC less that of the same probe on control labels, which are the labels permuted "
+        f"over pairs) is {_said(best.selectivity)}."
+    )
+
+
+def _random(best: SiteResult) -> str:
+    if not len(best.random):
+        return ""
+    limit, value = float(np.quantile(best.random, 0.95)), best.metrics["auroc"].value
+    shown = (
+        f"AUROC {number(float(best.random.mean()))} on average and below {number(limit)} in 95 % of "
+        f"{len(best.random)} draws"
+    )
+    if value <= limit:
+        return (
+            f"Random directions with their sign chosen on the fitted pairs do as well ({shown}): nearly any "
+            "direction parts these classes, so this one is not special."
+        )
+    return f"Random directions with their sign chosen on the fitted pairs reach {shown}."
 
 
 def _cautions(sweep: ProbeSweep, best: SiteResult) -> list[str]:

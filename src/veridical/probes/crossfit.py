@@ -1,0 +1,217 @@
+"""Nested cross-fitting: every row is judged by a probe that saw nothing of its pair, and none is wasted.
+
+Pairs are dealt into folds. For each fold one probe is fitted on the others, at the strength (and at the site)
+that do best when the other folds in turn are held out as well; so choosing never sees what is reported (Varma
+and Simon 2006, "Bias in error estimation when using cross-validation for model selection"). One further probe
+is fitted on all pairs, for use elsewhere. With `K` folds these are `K (K - 1) / 2 + K + 1` fits per strength,
+all columns of one design. As in a sweep, mean and variance for standardising are those of all fitted rows:
+labels of a held-out pair are never seen, its spread is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from veridical.probes import evaluate
+from veridical.probes.base import LinearProbe, Problems, group_codes
+from veridical.probes.data import Source
+from veridical.probes.solver import Design
+
+SELECTION_TOL = 1e-4
+"""Relative error of the coefficients while choosing."""
+Candidate = tuple[str, str]
+"""Name of an estimator, and a site."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who is fitted on what, for the `n` vectors of a source.
+
+    Attributes:
+        fit: `[n]` bool, vectors that may be fitted on.
+        positive: `[n]` bool, the label; meaningful on `fit` and `judged`.
+        judged: `[n]` bool, vectors on whose AUROC strength and site are chosen.
+        fold_of: `[n]`, fold of each vector's pair.
+        strengths: Values of C that are tried.
+    """
+
+    fit: np.ndarray
+    positive: np.ndarray
+    judged: np.ndarray
+    fold_of: np.ndarray
+    strengths: tuple[float, ...]
+
+    @property
+    def folds(self) -> int:
+        """How many folds there are."""
+        return int(self.fold_of.max()) + 1
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """One estimator at one site.
+
+    Attributes:
+        scores: `[n]`, decision value of each vector by the probe of the fold that held its pair out.
+        inner: `[folds, n]`, what fold `k` knew when it chose: decision values by probes that saw neither the
+            vector's pair nor fold `k`; NaN on fold `k`. Thresholds for fold `k` are set on them.
+        found: `[folds]`, mean AUROC over the other folds, by which fold `k` chose.
+        coefficients: `[folds + 1, d]`, probe of each fold, and last that of all pairs.
+        intercepts: `[folds + 1]`.
+        probe: The probe of all pairs.
+        whole: Mean AUROC over folds, by which its strength was chosen.
+        converged: Whether the solver reached its tolerance everywhere.
+    """
+
+    scores: np.ndarray
+    inner: np.ndarray
+    found: np.ndarray
+    coefficients: np.ndarray
+    intercepts: np.ndarray
+    probe: LinearProbe
+    whole: float
+    converged: bool
+
+    def on(self, x: torch.Tensor, fold_of: np.ndarray) -> np.ndarray:
+        """Decision values `[m]` of vectors `[m, d]`; -1 as fold asks for the probe of all pairs."""
+        which = np.where(fold_of < 0, len(self.intercepts) - 1, fold_of)
+        every = x @ torch.from_numpy(self.coefficients).to(x).T + torch.from_numpy(self.intercepts).to(x)
+        return evaluate.settled(every.cpu().numpy())[np.arange(len(x)), which]
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Several candidates, and the choice between them.
+
+    Attributes:
+        candidates: By (estimator, site).
+        by_fold: Candidate that each fold chose without its own pairs.
+        best: Candidate of the probe of all pairs.
+    """
+
+    candidates: Mapping[Candidate, Crossed]
+    by_fold: tuple[Candidate, ...]
+    best: Candidate
+
+    @classmethod
+    def of(cls, candidates: Mapping[Candidate, Crossed]) -> Nested:
+        """Lets every fold choose; of equals the first wins."""
+        keys = list(candidates)
+        found = np.round(np.stack([candidates[key].found for key in keys]), 9)
+        whole = np.round([candidates[key].whole for key in keys], 9)
+        return cls(candidates, tuple(keys[at] for at in found.argmax(0)), keys[int(np.argmax(whole))])
+
+    def scores(self, fold_of: np.ndarray) -> np.ndarray:
+        """`[n]`, decision value of each vector by the candidate that its fold chose."""
+        chosen = np.stack([self.candidates[key].scores for key in self.by_fold])
+        return chosen[fold_of, np.arange(len(fold_of))]
+
+    def inner(self) -> np.ndarray:
+        """`[folds, n]`, as `Crossed.inner`, for the candidate that each fold chose."""
+        return np.stack([self.candidates[key].inner[fold] for fold, key in enumerate(self.by_fold)])
+
+
+def fold_numbers(groups: np.ndarray, folds: int, seed: int, strata: np.ndarray) -> np.ndarray:
+    """Fold of each row, `[n]`, pairs kept together; `strata` `[n]` are spread evenly."""
+    from veridical.pairs import splits
+
+    number = np.empty(len(groups), dtype=np.int64)
+    for fold, (_, held) in enumerate(splits.folds(groups, folds, seed, strata)):
+        number[held] = fold
+    return number
+
+
+def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Crossed:
+    """Fits `probe` at one site for every fold and pair of folds left out, and for all pairs."""
+    rows = np.flatnonzero(plan.fit)
+    design = Design.of(source.vectors(site, rows), probe.standardise)
+    every = source.vectors(site, np.arange(len(source)))
+    left_out = [(), *((k,) for k in range(plan.folds)), *combinations(range(plan.folds), 2)]
+    at = {out: number for number, out in enumerate(left_out)}
+    masks = np.stack([~np.isin(plan.fold_of[rows], out) for out in left_out], 1).astype(np.float64)
+    strengths = sorted(plan.strengths) if probe.tuned else [1.0]
+    groups = group_codes(source.groups[rows], len(rows)).to(design.rows.device)
+    columns = {name: source.column(getattr(probe, name))[rows] for name in probe.columns}
+    truth = torch.from_numpy(plan.positive[rows].astype(np.float64)).to(design.rows)[:, None]
+
+    def solved(which: list[int], c: np.ndarray, start: torch.Tensor | None, tol: float | None):
+        weights = torch.from_numpy(masks[:, which]).to(design.rows)
+        problems = Problems(
+            truth.expand(-1, len(which)).contiguous(),
+            weights,
+            torch.from_numpy(c).to(design.rows),
+            groups,
+            columns,
+            start,
+            tol,
+        )
+        solution = probe.solve(design, problems)
+        coefficients, intercepts = design.raw(solution.weights)
+        scores = evaluate.settled((every @ coefficients.T + intercepts).cpu().numpy())
+        return solution, coefficients, intercepts, scores
+
+    scores, start = [], None
+    for strength in strengths:
+        c = np.full(len(left_out), strength)
+        solution, _, _, found = solved(list(range(len(left_out))), c, start, SELECTION_TOL)
+        start = solution.weights
+        scores.append(found)
+    inner_auroc, whole_auroc = _choices(plan, at, np.stack(scores))
+    chosen = np.argmax(np.round(inner_auroc, 9), axis=0)  # [folds]; the strongest penalty wins ties
+    final = int(np.argmax(np.round(whole_auroc, 9)))
+    which = [at[(k,)] for k in range(plan.folds)] + [at[()]]
+    solution, coefficients, intercepts, found = solved(
+        which, np.array([strengths[s] for s in (*chosen, final)]), None, None
+    )
+    inner = np.full((plan.folds, len(source)), np.nan)
+    for k in range(plan.folds):
+        for j in range(plan.folds):
+            if j != k:
+                held = plan.fold_of == j
+                inner[k, held] = scores[chosen[k]][held, at[(min(j, k), max(j, k))]]
+    coefficients, intercepts = coefficients.cpu().numpy(), intercepts.cpu().numpy()
+    kept = probe.at(strengths[final]).adopt(
+        np.array([False, True]), coefficients[-1], intercepts[-1:], int(solution.steps[-1])
+    )
+    return Crossed(
+        scores=found[np.arange(len(source)), plan.fold_of],
+        inner=inner,
+        found=inner_auroc[chosen, np.arange(plan.folds)],
+        coefficients=coefficients,
+        intercepts=intercepts,
+        probe=kept,
+        whole=float(whole_auroc[final]),
+        converged=bool(solution.converged.all()),
+    )
+
+
+def _choices(
+    plan: Plan, at: Mapping[tuple[int, ...], int], scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC by which each fold chooses `[strengths, folds]`, and by which the probe of all pairs does.
+
+    A fold without both classes says nothing of ranks; where no fold has both, nothing can be chosen (0.5).
+    """
+    folds = range(plan.folds)
+    held = [plan.judged & (plan.fold_of == k) for k in folds]
+
+    def auroc(out: tuple[int, ...], fold: int) -> np.ndarray:
+        rows = held[fold]
+        if not rows.any():
+            return np.full(len(scores), np.nan)
+        return evaluate.auroc(scores[:, rows, at[out]].T, plan.positive[rows])
+
+    inner = np.full((len(scores), plan.folds), 0.5)
+    for k in folds:
+        inner[:, k] = _mean([auroc((min(j, k), max(j, k)), j) for j in folds if j != k])
+    return inner, _mean([auroc((k,), k) for k in folds])
+
+
+def _mean(found: list[np.ndarray]) -> np.ndarray:
+    kept = [values for values in found if not np.isnan(values).any()]
+    return np.mean(kept, axis=0) if kept else np.full(len(found[0]), 0.5)
