@@ -13,7 +13,7 @@ USE = """```python
 import veridical as vd
 
 probe = vd.load_probe("this folder")
-probe.predict_proba(x)   # x: activations [rows, {width}]{read}
+probe.predict_proba(x)   # x: {reads}{read}
 ```"""
 LIMITS = (
     "A probe shows that a label can be read from the activations, not that the model uses it: ablate or "
@@ -41,7 +41,7 @@ def card(probe: LinearProbe) -> str:
         ("rows", ", ".join(origin.where) if origin.where else "all"),
     ]
     facts += [(name.replace("_", " "), str(value)) for name, value in origin.rows.items()]
-    parts = [f"# {title}", _table(("", ""), facts), USE.format(width=probe.n_features_in_, read=read)]
+    parts = [f"# {title}", _table(("", ""), facts), USE.format(reads=probe.reads.format(width=probe.n_features_in_), read=read)]
     if origin.metrics:
         parts += ["## Figures on held-out pairs", _table(("figure", "value"), _figures(origin))]
     parts += ["## Limits", "\n".join(f"- {line}" for line in (*origin.notes, *LIMITS))]

@@ -50,7 +50,7 @@ def save_probe(probe: LinearProbe, folder: str | Path) -> Path:
     folder = Path(folder)
     origin = probe.origin_
     parts = {
-        WEIGHTS: save_tensors({"coef": probe.coef_, "intercept": probe.intercept_}),
+        WEIGHTS: save_tensors(arrays_of(probe)),
         METRICS: canonical({"metrics": dict(origin.metrics), "rows": dict(origin.rows)}),
         PROVENANCE: canonical(
             provenance(
@@ -96,8 +96,24 @@ def load_probe(folder: str | Path) -> LinearProbe:
         raise DamagedFileError(f"{folder / WEIGHTS} is not readable safetensors ({error})") from error
     classes = np.array(config["classes"], dtype=np.dtype(config["classes_dtype"]))
     probe = made(**config["parameters"])
-    probe.adopt(classes, tensors["coef"], tensors["intercept"], config["n_iter"])
+    restore(probe, classes, tensors, config["n_iter"])
     probe.origin_ = Origin.from_dict(config["origin"])
+    return probe
+
+
+def arrays_of(probe: LinearProbe) -> dict[str, np.ndarray]:
+    """Every fitted array of a probe by name."""
+    extra = {name: np.ascontiguousarray(getattr(probe, f"{name}_")) for name in probe.extra}
+    return {"coef": probe.coef_, "intercept": probe.intercept_, **extra}
+
+
+def restore(
+    probe: LinearProbe, classes: np.ndarray, arrays: Mapping[str, np.ndarray], steps: int
+) -> LinearProbe:
+    """The reverse of `arrays_of`, on an estimator with the right parameters."""
+    probe.adopt(classes, arrays["coef"], arrays["intercept"], steps)
+    for name in probe.extra:
+        setattr(probe, f"{name}_", arrays[name])
     return probe
 
 

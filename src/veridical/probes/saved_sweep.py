@@ -19,7 +19,7 @@ from veridical.probes.evaluate import Estimate
 from veridical.probes.kinds import kind
 from veridical.probes.origin import Origin
 from veridical.probes.result import ProbeSweep, SiteResult
-from veridical.probes.saved import canonical, digest, read_checked
+from veridical.probes.saved import arrays_of, canonical, digest, read_checked, restore
 from veridical.provenance import provenance
 
 FORMAT = 1
@@ -88,8 +88,7 @@ def load_sweep(folder: str | Path) -> ProbeSweep:
 def _tensors(sweep: ProbeSweep) -> dict[str, np.ndarray]:
     tensors = {"selected_control": np.asarray(sweep.selected_control, dtype=np.float64)}
     for number, result in enumerate(sweep.results):
-        tensors[f"{number}.coef"] = result.probe.coef_
-        tensors[f"{number}.intercept"] = result.probe.intercept_
+        tensors |= {f"{number}.{name}": array for name, array in arrays_of(result.probe).items()}
         tensors[f"{number}.control"] = np.asarray(result.control, dtype=np.float64)
     return tensors
 
@@ -127,7 +126,8 @@ def _site(
     saved: dict[str, Any], number: int, tensors: dict[str, np.ndarray], classes: np.ndarray
 ) -> SiteResult:
     probe = kind(saved["kind"])(**saved["parameters"])
-    probe.adopt(classes, tensors[f"{number}.coef"], tensors[f"{number}.intercept"], saved["n_iter"])
+    own = {name.removeprefix(f"{number}."): array for name, array in tensors.items()}
+    restore(probe, classes, own, saved["n_iter"])
     probe.origin_ = Origin.from_dict(saved["origin"])
     lead = saved["lead_over_text"]
     return SiteResult(

@@ -1,0 +1,285 @@
+"""The trainer of the probes that pool token readings in a way that is not linear.
+
+All fits of a sweep at a site (folds, shuffles, strengths) are columns of one batch: one product with the
+token rows gives the readings of all, and the pooling runs over them side by side.
+
+    minimise over w   C * sum_i m_i log(1 + exp(-y_i f_i(w))) + |w|^2 / 2,
+
+where i counts sequences, m_i is 0 or 1 (in the fold or not), f_i is the pooled and length-adjusted score on
+tokens standardised over all fitted tokens, and intercepts are not penalised. It is convex in none of the
+estimators, so where it starts matters: always at the exact solution for the mean over tokens, with no random
+number, so that a fit by hand and the same fit in a sweep start and end alike.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from veridical.errors import DataError
+from veridical.probes.base import Problems
+from veridical.probes.lbfgs import minimise
+from veridical.probes.packed import Layout, SequenceDesign, expected_maximum
+from veridical.probes.sequence import SequenceProbe, Sequences
+from veridical.probes.solver import CHUNK_ELEMENTS, Design, Solution, solve
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Pooled scores `[n, k]` in packed order, and what the gradient needs of them."""
+
+    scores: Tensor
+    kept: Any = None
+
+
+class PooledProbe(SequenceProbe):
+    """Base of the estimators whose pooling needs the batched trainer.
+
+    A file gives `pool` and its gradient `spread`, the state for `running`, and where it is not one reading
+    per token, `channels` and `begin`.
+
+    Args:
+        C: Inverse strength of the penalty; it multiplies the sum of the losses over sequences.
+        standardise: Scale every feature to variance 1 over the fitted tokens before the penalty applies.
+        adjust_length: Subtract from each score the part that the number of tokens explains within the
+            classes (least squares on `term`, fitted and differentiated through in training), so that
+            sequences that are only longer do not score higher.
+        tol: Relative fall of the objective over five steps at which a fit ends.
+        max_iter: Steps at most.
+    """
+
+    extra: ClassVar[tuple[str, ...]] = ("length",)
+    term: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(expected_maximum)
+    """How the pooled score of tokens that say nothing grows with their number."""
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        standardise: bool = True,
+        adjust_length: bool = True,
+        tol: float = 1e-7,
+        max_iter: int = 500,
+    ) -> None:
+        super().__init__(C, standardise=standardise)
+        self.adjust_length = adjust_length
+        self.tol = tol
+        self.max_iter = max_iter
+
+    @property
+    def channels(self) -> int:
+        """Readings per token."""
+        return 1
+
+    @abstractmethod
+    def pool(self, readings: Tensor, layout: Layout) -> Pooled:
+        """Scores `[n, k]` of readings `[tokens, channels, k]`."""
+
+    @abstractmethod
+    def spread(self, along: Tensor, readings: Tensor, pooled: Pooled, layout: Layout) -> Tensor:
+        """The gradient of `sum(along * scores)` with respect to the readings, of their shape."""
+
+    def begin(self, design: SequenceDesign, solution: Tensor) -> Tensor:
+        """Parameters `[r + 1, channels, k]` that read as the mean probe's `solution` `[r + 1, k]` does."""
+        return solution[:, None]
+
+    def lift(self, parameters: Tensor, shift: Tensor) -> Tensor:
+        """Parameters whose scores are about `shift` `[k]` higher."""
+        parameters[-1] += shift / parameters.shape[1]
+        return parameters
+
+    # Fitting
+
+    def space(self, x: Sequences) -> SequenceDesign:
+        return SequenceDesign.packed(x.vectors, x.lengths, self.standardise)
+
+    def solve(self, design: Design, problems: Problems) -> Solution:
+        """Parameters as `[(r + 1) * channels + 2, k]`: the last two rows hold the length slope and centre."""
+        if not isinstance(design, SequenceDesign):
+            raise DataError("a probe over sequences was given rows that are not of sequences")
+        order = design.layout.order
+        sorted_problems = replace(
+            problems, targets=problems.targets[order], weights=problems.weights[order], start=None
+        )
+        size = len(design.rows) * self.channels
+        width = max(1, CHUNK_ELEMENTS // max(size, 1))
+        parts = []
+        for first in range(0, len(problems), width):
+            chosen = torch.arange(first, min(first + width, len(problems)), device=order.device)
+            parts.append(self._solve(design, sorted_problems.pick(chosen)))
+        return Solution(
+            torch.cat([part.weights for part in parts], 1),
+            torch.cat([part.steps for part in parts]),
+            torch.cat([part.converged for part in parts]),
+        )
+
+    def _solve(self, design: SequenceDesign, problems: Problems) -> Solution:
+        fits = Fits.of(self, design, problems)
+        solution = solve(
+            design.means, problems.targets, problems.weights, problems.strengths, tol=problems.tol or 1e-6
+        )
+        start = self.begin(design, solution.weights).contiguous()
+        shape = start.shape
+        # Pooling moves the scores as a whole (a maximum lies above a mean); the intercept takes that back.
+        wanted = design.means.rows @ solution.weights
+        pooled = self.pool(fits.readings(start.reshape(-1, shape[2])), design.layout).scores
+        count = problems.weights.sum(0).clamp_min(1e-300)
+        start = self.lift(start, ((wanted - pooled) * problems.weights).sum(0) / count)
+        tol = self.tol if problems.tol is None else max(self.tol, problems.tol**2)
+        found, steps, converged = minimise(fits, start.reshape(-1, shape[2]), tol, self.max_iter)
+        last = self.pool(fits.readings(found), design.layout).scores
+        slope = (fits.within * last).sum(0)
+        return Solution(torch.cat([found, slope[None], fits.centre[None]]), steps, converged)
+
+    def scores(self, design: Design, weights: Tensor) -> Tensor:
+        """Scores `[n, k]`, in the order of the data, of what `solve` found."""
+        if not isinstance(design, SequenceDesign):
+            raise DataError("a probe over sequences was given rows that are not of sequences")
+        layout, c = design.layout, self.channels
+        width = max(1, CHUNK_ELEMENTS // (len(design.rows) * c))
+        parts = []
+        for part in weights.split(width, dim=1):
+            readings = design.rows @ part[:-2].reshape(design.rows.shape[1], -1)
+            pooled = self.pool(readings.reshape(len(readings), c, -1), layout).scores
+            parts.append(pooled - part[-2] * (self.term(layout.lengths)[:, None] - part[-1]))
+        return layout.restore(torch.cat(parts, 1))
+
+    def held_out(self, design: Design, weights: Tensor, x: Sequences) -> Tensor:
+        if not isinstance(design, SequenceDesign):
+            raise DataError("a probe over sequences was given rows that are not of sequences")
+        return self.scores(design.place(x.vectors, x.lengths), weights)
+
+    def settle(self, classes: np.ndarray, design: Design, solution: Solution) -> Self:
+        first = solution.weights[:, 0]
+        shaped = first[:-2].reshape(design.rows.shape[1], self.channels)
+        coefficients, intercepts = (part.cpu().numpy() for part in design.raw(shaped))
+        self._keep(coefficients, intercepts)
+        self.length_ = first[-2:].cpu().numpy().copy()
+        single = self.single(coefficients, intercepts)
+        return self.adopt(classes, *single, int(solution.steps[0]))
+
+    def _keep(self, coefficients: np.ndarray, intercepts: np.ndarray) -> None:
+        """Stores what `coef_` and `intercept_` do not hold; with one channel there is nothing."""
+
+    def single(self, coefficients: np.ndarray, intercepts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Coefficients and intercept of the score of a sequence of one token."""
+        return coefficients, intercepts
+
+    # Reading
+
+    def decide(self, x: Sequences) -> np.ndarray:
+        layout = Layout.of(x.lengths)
+        coefficients, intercepts = (torch.from_numpy(part).to(x.vectors) for part in self.readers())
+        readings = x.vectors[layout.tokens] @ coefficients.T + intercepts
+        scores = self.pool(readings[:, :, None], layout).scores[:, 0]
+        slope, centre = self.length_
+        scores = scores - slope * (self.term(layout.lengths) - centre)
+        return layout.restore(scores).cpu().numpy()
+
+    def _check(self) -> None:
+        super()._check()
+        if not self.tol > 0:
+            raise DataError(f"tol is {self.tol!r}; expected a number above 0")
+        if self.max_iter < 1:
+            raise DataError(f"max_iter is {self.max_iter!r}; expected at least 1")
+
+    def _said(self, name: str) -> str:
+        adjusted = "length-adjusted" if self.adjust_length else "not length-adjusted"
+        return f"{name}, C = {self.C:g}, standardise = {self.standardise}, {adjusted}"
+
+
+@dataclass(frozen=True)
+class Fits:
+    """The problems of one batch on one design, as `lbfgs.minimise` asks for them.
+
+    Attributes:
+        probe: For the pooling.
+        design: Token rows.
+        signs: `[n, k]`, 1 for the positive class and -1 for the other, in packed order.
+        losses: `[n, k]`, C times the weight of each sequence.
+        within: `[n, k]`, so that `(within * scores).sum(0)` is the slope on length within the classes.
+        away: `[n, k]`, length term less its mean over the fitted sequences.
+        centre: `[k]`, that mean.
+        penalty: `[p, 1]`.
+        inverse: `[p, k]`.
+    """
+
+    probe: PooledProbe
+    design: SequenceDesign
+    signs: Tensor
+    losses: Tensor
+    within: Tensor
+    away: Tensor
+    centre: Tensor
+    penalty: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, probe: PooledProbe, design: SequenceDesign, problems: Problems) -> Fits:
+        """Prepares problems whose targets and weights are in packed order."""
+        targets, weights = problems.targets.to(design.rows), problems.weights.to(design.rows)
+        term = probe.term(design.layout.lengths).to(design.rows)[:, None]
+        count = weights.sum(0).clamp_min(1e-300)
+        centre = (weights * term).sum(0) / count
+        within = torch.zeros_like(weights)
+        if probe.adjust_length:
+            within = _within_classes(term, targets, weights)
+        losses = weights * problems.strengths.to(design.rows)
+        width = design.rows.shape[1]
+        penalty = design.rows.new_ones(width, probe.channels, 1)
+        penalty[-1] = 0
+        curvature = 0.25 * losses.sum(0) * design.second_moment[:, None, None] + penalty
+        return cls(
+            probe,
+            design,
+            2 * targets - 1,
+            losses,
+            within,
+            term - centre,
+            centre,
+            penalty.reshape(-1, 1),
+            (1 / curvature.clamp_min(1e-12)).reshape(width * probe.channels, -1),
+        )
+
+    def readings(self, w: Tensor) -> Tensor:
+        """`[tokens, channels, k]`."""
+        out = self.design.rows @ w.reshape(self.design.rows.shape[1], -1)
+        return out.reshape(len(out), self.probe.channels, -1)
+
+    def value(self, readings: Tensor, w: Tensor) -> tuple[Tensor, Any]:
+        pooled = self.probe.pool(readings, self.design.layout)
+        slope = (self.within * pooled.scores).sum(0)
+        margin = self.signs * (pooled.scores - slope * self.away)
+        loss = (self.losses * torch.nn.functional.softplus(-margin, threshold=700.0)).sum(0)
+        return loss + 0.5 * (self.penalty * w.square()).sum(0), (readings, pooled, margin)
+
+    def gradient(self, kept: Any, w: Tensor) -> Tensor:
+        readings, pooled, margin = kept
+        along = -self.signs * self.losses * torch.sigmoid(-margin)
+        along = along - self.within * (along * self.away).sum(0)
+        spread = self.probe.spread(along, readings, pooled, self.design.layout)
+        return (self.design.rows.T @ spread.reshape(len(spread), -1)).reshape(w.shape) + self.penalty * w
+
+    def pick(self, columns: Tensor) -> Fits:
+        parts = ("signs", "losses", "within", "away", "centre", "inverse")
+        return replace(self, **{name: getattr(self, name)[..., columns] for name in parts})
+
+
+def _within_classes(term: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weights `[n, k]` of the pooled within-class least-squares slope of scores on `term` (ANCOVA).
+
+    Zero where no class has sequences of different lengths: then nothing within a class tells what length does.
+    """
+    away = torch.zeros_like(weights)
+    for side in (targets, 1 - targets):
+        part = weights * side
+        mean = (part * term).sum(0) / part.sum(0).clamp_min(1e-300)
+        away += part * (term - mean)
+    spread = (away * term).sum(0)
+    return torch.where(spread > 1e-9, away / spread.clamp_min(1e-300), 0.0)
