@@ -13,6 +13,8 @@ there (`token_scores` does).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -93,6 +95,21 @@ class AttentionProbe(PooledProbe):
             out[first:last, : self.heads] = to_value * (readings[first:last, self.heads :] - read[:count])
         return out
 
+    def growth(
+        self, parameters: Tensor, within: Tensor, readings: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Covariance of query and value readings within sequences, over heads.
+
+        To first order in the queries, softmax attention adds it, times 1 - 1 / T, to the mean of the values.
+        """
+        query = parameters[:, : self.heads]
+        moved = (within @ parameters.reshape(len(within), -1)).reshape(parameters.shape) / self.heads**0.5
+        by_query, by_value = moved[:, self.heads :], moved[:, : self.heads]
+        return (query * by_query).sum((0, 1)), torch.cat([by_query, by_value], 1), None
+
+    def beyond(self, lengths: Tensor, typical: float) -> Tensor:
+        return 1 / typical - 1 / lengths.to(torch.float64)
+
     def begin(self, design: SequenceDesign, solution: Tensor) -> Tensor:
         """The mean probe in every head; heads differ in whether they listen to high or to low readings.
 
@@ -127,7 +144,7 @@ class AttentionProbe(PooledProbe):
         return self.values_.sum(0), self.offsets_[self.heads :].sum(keepdims=True)
 
     def running(self) -> Running:
-        return _Running(*self.length_, self.term, self.heads)
+        return _Running(self._adjusts(), self.heads)
 
     def said(self) -> str:
         return self._said(f"softmax attention with {self.heads} head{'s' if self.heads > 1 else ''}")
@@ -141,8 +158,8 @@ class AttentionProbe(PooledProbe):
 class _Running(Running):
     """A softmax whose largest logit may still rise: sums are scaled down when it does."""
 
-    def __init__(self, slope: float, centre: float, term: object, heads: int) -> None:
-        super().__init__(slope, centre, term)
+    def __init__(self, drift: Any, heads: int) -> None:
+        super().__init__(drift)
         self._heads = heads
 
     def add(self, readings: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class MaxTokenProbe(PooledProbe):
         return out
 
     def running(self) -> Running:
-        return _Running(*self.length_, self.term)
+        return _Running(self._adjusts())
 
     def said(self) -> str:
         return self._said("maximum over tokens")

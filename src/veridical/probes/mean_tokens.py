@@ -59,7 +59,7 @@ class MeanTokenProbe(SequenceProbe):
         return means @ self.coef_[0] + self.intercept_[0]
 
     def running(self) -> Running:
-        return _Running(0.0, 0.0, None)
+        return _Running()
 
     def said(self) -> str:
         return f"mean over tokens, C = {self.C:g}, standardise = {self.standardise}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veridical.probes.packed import Layout, logarithm
+from veridical.probes.packed import Layout
 from veridical.probes.pooled import Pooled, PooledProbe
 from veridical.probes.sequence import Running
 
@@ -29,7 +29,6 @@ class MILProbe(PooledProbe):
     """Noisy OR over token probabilities; arguments as in `PooledProbe`."""
 
     name = "mil"
-    term = staticmethod(logarithm)
 
     def pool(self, readings: Tensor, layout: Layout) -> Pooled:
         each = _softplus(readings[:, 0])
@@ -46,8 +45,22 @@ class MILProbe(PooledProbe):
             out[first:last, 0] *= share[:count]
         return out
 
+    def growth(
+        self, parameters: Tensor, within: Tensor, readings: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Mean of log(1 + exp(reading)) over all tokens: what one token adds to S on average."""
+        tokens = len(readings)
+        return _softplus(readings[:, 0]).mean(0), None, torch.sigmoid(readings) / tokens
+
+    def expected(self, lengths: Tensor, typical: float, growth: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-odds of S = T times the average, less those at the typical length."""
+        tokens = lengths.to(torch.float64)[:, None]
+        total, middle = tokens * growth, typical * growth
+        slope = tokens / -torch.expm1(-total) - typical / -torch.expm1(-middle)
+        return _log_odds(total) - _log_odds(middle), slope
+
     def running(self) -> Running:
-        return _Running(*self.length_, self.term)
+        return _Running(self._adjusts())
 
     def said(self) -> str:
         return self._said("noisy OR over tokens")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,6 +87,16 @@ class SequenceDesign(Design):
         rows = sums / self.layout.lengths[:, None]
         return Design(rows, self.basis, self.mean, self.scale, rows.square().mean(0))
 
+    @cached_property
+    def within(self) -> Tensor:
+        """Covariance of the rows around the mean of their sequence, `[r + 1, r + 1]`; 0 for single tokens."""
+        gram = self.rows.T @ self.rows
+        between = self.means.rows.T @ (self.layout.lengths[:, None] * self.means.rows)
+        free = len(self.rows) - self.layout.counts[0]
+        covariance = (gram - between) / max(free, 1)
+        covariance[-1], covariance[:, -1] = 0, 0
+        return covariance if free else torch.zeros_like(covariance)
+
 
 def expected_maximum(lengths: Tensor) -> Tensor:
     """About the largest of so many standard normal draws (Blom 1958); 0 for one draw."""
@@ -93,6 +104,24 @@ def expected_maximum(lengths: Tensor) -> Tensor:
     return torch.special.ndtri((lengths - 0.375) / (lengths + 0.25))
 
 
-def logarithm(lengths: Tensor) -> Tensor:
-    """Natural logarithm; 0 for one token."""
-    return torch.log(lengths.to(torch.float64))
+def expected_rolling_maximum(lengths: Tensor, window: int) -> Tensor:
+    """Expected largest mean of `window` consecutive standard normal draws of so many, from 1,000 sequences.
+
+    The draws are the same in every call.
+    """
+    whole = lengths.round().to(torch.int64)
+    capacity = 1 << max(6, int(whole.max() - 1).bit_length())
+    return _rolling_table(capacity, window).to(lengths.device)[whole - 1]
+
+
+@lru_cache(maxsize=32)
+def _rolling_table(capacity: int, window: int) -> Tensor:
+    """The figure for each length up to `capacity`; a longer table begins with the shorter one."""
+    if window >= capacity:
+        return torch.zeros(capacity, dtype=torch.float64)
+    sums = np.random.default_rng(0).standard_normal((capacity, 1000)).cumsum(0)
+    windows = sums[window - 1 :].copy()
+    windows[1:] -= sums[:-window]
+    largest = np.maximum.accumulate(windows / window).mean(1)
+    # The mean of one window is 0; what 1,000 draws leave of it is taken off everywhere.
+    return torch.from_numpy(np.concatenate([np.zeros(window), largest[1:] - largest[0]]))

@@ -47,16 +47,14 @@ class PooledProbe(SequenceProbe):
     Args:
         C: Inverse strength of the penalty; it multiplies the sum of the losses over sequences.
         standardise: Scale every feature to variance 1 over the fitted tokens before the penalty applies.
-        adjust_length: Subtract from each score the part that the number of tokens explains within the
-            classes (least squares on `term`, fitted and differentiated through in training), so that
-            sequences that are only longer do not score higher.
+        adjust_length: Subtract from each score what as many tokens that say nothing would be expected to
+            reach (see `expected`), less the same at the average length, so that sequences that are
+            only longer do not score higher. Training differentiates through it.
         tol: Relative fall of the objective over five steps at which a fit ends.
         max_iter: Steps at most.
     """
 
     extra: ClassVar[tuple[str, ...]] = ("length",)
-    term: ClassVar[Callable[[Tensor], Tensor]] = staticmethod(expected_maximum)
-    """How the pooled score of tokens that say nothing grows with their number."""
 
     def __init__(
         self,
@@ -85,6 +83,43 @@ class PooledProbe(SequenceProbe):
     def spread(self, along: Tensor, readings: Tensor, pooled: Pooled, layout: Layout) -> Tensor:
         """The gradient of `sum(along * scores)` with respect to the readings, of their shape."""
 
+    def growth(
+        self, parameters: Tensor, within: Tensor, readings: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What decides how scores grow with length where tokens say nothing: one figure for each problem.
+
+        For a maximum it is the spread of the readings within sequences.
+
+        Args:
+            parameters: `[r + 1, channels, k]`.
+            within: Covariance of the token rows within sequences, `[r + 1, r + 1]`.
+            readings: `[tokens, channels, k]`.
+
+        Returns:
+            The figures `[k]`, and their gradients with respect to parameters and readings (None where 0).
+        """
+        moved = within @ parameters[:, 0]
+        spread = (parameters[:, 0] * moved).sum(0).clamp_min(0).sqrt()
+        return spread, (moved / torch.where(spread > 0, spread, 1.0))[:, None], None
+
+    def expected(self, lengths: Tensor, typical: float, growth: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores that so many tokens that say nothing would reach, less those at the typical length.
+
+        Args:
+            lengths: `[n]`.
+            typical: Mean length of the fitted sequences.
+            growth: `[k]`.
+
+        Returns:
+            `[n, k]`, and the derivative with respect to `growth`, `[n, k]` or `[n, 1]`.
+        """
+        away = self.beyond(lengths, typical)[:, None]
+        return away * growth, away
+
+    def beyond(self, lengths: Tensor, typical: float) -> Tensor:
+        """`expected` for a growth of 1, where it is proportional to it; `[n]`."""
+        return expected_maximum(lengths) - expected_maximum(torch.tensor(typical, dtype=torch.float64))
+
     def begin(self, design: SequenceDesign, solution: Tensor) -> Tensor:
         """Parameters `[r + 1, channels, k]` that read as the mean probe's `solution` `[r + 1, k]` does."""
         return solution[:, None]
@@ -100,7 +135,7 @@ class PooledProbe(SequenceProbe):
         return SequenceDesign.packed(x.vectors, x.lengths, self.standardise)
 
     def solve(self, design: Design, problems: Problems) -> Solution:
-        """Parameters as `[(r + 1) * channels + 2, k]`: the last two rows hold the length slope and centre."""
+        """Parameters as `[(r + 1) * channels + 2, k]`: the last rows hold what `length_` does."""
         if not isinstance(design, SequenceDesign):
             raise DataError("a probe over sequences was given rows that are not of sequences")
         order = design.layout.order
@@ -133,9 +168,9 @@ class PooledProbe(SequenceProbe):
         start = self.lift(start, ((wanted - pooled) * problems.weights).sum(0) / count)
         tol = self.tol if problems.tol is None else max(self.tol, problems.tol**2)
         found, steps, converged = minimise(fits, start.reshape(-1, shape[2]), tol, self.max_iter)
-        last = self.pool(fits.readings(found), design.layout).scores
-        slope = (fits.within * last).sum(0)
-        return Solution(torch.cat([found, slope[None], fits.centre[None]]), steps, converged)
+        growth = fits.growth(found, fits.readings(found))[0]
+        length = torch.stack([growth, torch.full_like(growth, fits.typical)])
+        return Solution(torch.cat([found, length]), steps, converged)
 
     def scores(self, design: Design, weights: Tensor) -> Tensor:
         """Scores `[n, k]`, in the order of the data, of what `solve` found."""
@@ -147,7 +182,9 @@ class PooledProbe(SequenceProbe):
         for part in weights.split(width, dim=1):
             readings = design.rows @ part[:-2].reshape(design.rows.shape[1], -1)
             pooled = self.pool(readings.reshape(len(readings), c, -1), layout).scores
-            parts.append(pooled - part[-2] * (self.term(layout.lengths)[:, None] - part[-1]))
+            if self.adjust_length:
+                pooled = pooled - self.expected(layout.lengths, float(part[-1, 0]), part[-2])[0]
+            parts.append(pooled)
         return layout.restore(torch.cat(parts, 1))
 
     def held_out(self, design: Design, weights: Tensor, x: Sequences) -> Tensor:
@@ -178,9 +215,17 @@ class PooledProbe(SequenceProbe):
         coefficients, intercepts = (torch.from_numpy(part).to(x.vectors) for part in self.readers())
         readings = x.vectors[layout.tokens] @ coefficients.T + intercepts
         scores = self.pool(readings[:, :, None], layout).scores[:, 0]
-        slope, centre = self.length_
-        scores = scores - slope * (self.term(layout.lengths) - centre)
+        if self.adjust_length:
+            scores = scores - self.drift(layout.lengths)
         return layout.restore(scores).cpu().numpy()
+
+    def drift(self, lengths: Tensor) -> Tensor:
+        """What `adjust_length` subtracts from the scores of sequences of so many tokens, `[n]`."""
+        growth = torch.from_numpy(self.length_[:1]).to(lengths.device)
+        return self.expected(lengths, float(self.length_[1]), growth)[0][:, 0]
+
+    def _adjusts(self) -> Callable[[Tensor], Tensor] | None:
+        return self.drift if self.adjust_length else None
 
     def _check(self) -> None:
         super()._check()
@@ -203,9 +248,7 @@ class Fits:
         design: Token rows.
         signs: `[n, k]`, 1 for the positive class and -1 for the other, in packed order.
         losses: `[n, k]`, C times the weight of each sequence.
-        within: `[n, k]`, so that `(within * scores).sum(0)` is the slope on length within the classes.
-        away: `[n, k]`, length term less its mean over the fitted sequences.
-        centre: `[k]`, that mean.
+        typical: Mean length of the sequences.
         penalty: `[p, 1]`.
         inverse: `[p, k]`.
     """
@@ -214,9 +257,7 @@ class Fits:
     design: SequenceDesign
     signs: Tensor
     losses: Tensor
-    within: Tensor
-    away: Tensor
-    centre: Tensor
+    typical: float
     penalty: Tensor
     inverse: Tensor
 
@@ -224,12 +265,7 @@ class Fits:
     def of(cls, probe: PooledProbe, design: SequenceDesign, problems: Problems) -> Fits:
         """Prepares problems whose targets and weights are in packed order."""
         targets, weights = problems.targets.to(design.rows), problems.weights.to(design.rows)
-        term = probe.term(design.layout.lengths).to(design.rows)[:, None]
-        count = weights.sum(0).clamp_min(1e-300)
-        centre = (weights * term).sum(0) / count
-        within = torch.zeros_like(weights)
-        if probe.adjust_length:
-            within = _within_classes(term, targets, weights)
+        typical = float(design.layout.lengths.to(torch.float64).mean())
         losses = weights * problems.strengths.to(design.rows)
         width = design.rows.shape[1]
         penalty = design.rows.new_ones(width, probe.channels, 1)
@@ -240,9 +276,7 @@ class Fits:
             design,
             2 * targets - 1,
             losses,
-            within,
-            term - centre,
-            centre,
+            typical,
             penalty.reshape(-1, 1),
             (1 / curvature.clamp_min(1e-12)).reshape(width * probe.channels, -1),
         )
@@ -252,34 +286,38 @@ class Fits:
         out = self.design.rows @ w.reshape(self.design.rows.shape[1], -1)
         return out.reshape(len(out), self.probe.channels, -1)
 
+    def growth(self, w: Tensor, readings: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`PooledProbe.growth` at parameters `[p, k]`."""
+        shaped = w.reshape(self.design.rows.shape[1], self.probe.channels, -1)
+        return self.probe.growth(shaped, self.design.within, readings)
+
     def value(self, readings: Tensor, w: Tensor) -> tuple[Tensor, Any]:
-        pooled = self.probe.pool(readings, self.design.layout)
-        slope = (self.within * pooled.scores).sum(0)
-        margin = self.signs * (pooled.scores - slope * self.away)
+        layout = self.design.layout
+        pooled = self.probe.pool(readings, layout)
+        scores, bent = pooled.scores, None
+        if self.probe.adjust_length:
+            growth, by_parameters, by_readings = self.growth(w, readings)
+            expected, slope = self.probe.expected(layout.lengths, self.typical, growth)
+            scores, bent = scores - expected, (slope, by_parameters, by_readings)
+        margin = self.signs * scores
         loss = (self.losses * torch.nn.functional.softplus(-margin, threshold=700.0)).sum(0)
-        return loss + 0.5 * (self.penalty * w.square()).sum(0), (readings, pooled, margin)
+        return loss + 0.5 * (self.penalty * w.square()).sum(0), (readings, pooled, margin, bent)
 
     def gradient(self, kept: Any, w: Tensor) -> Tensor:
-        readings, pooled, margin = kept
+        readings, pooled, margin, bent = kept
         along = -self.signs * self.losses * torch.sigmoid(-margin)
-        along = along - self.within * (along * self.away).sum(0)
         spread = self.probe.spread(along, readings, pooled, self.design.layout)
-        return (self.design.rows.T @ spread.reshape(len(spread), -1)).reshape(w.shape) + self.penalty * w
+        out = self.penalty * w
+        if bent is not None:
+            slope, by_parameters, by_readings = bent
+            growing = (along * slope).sum(0)
+            if by_readings is not None:
+                spread = spread - growing * by_readings
+            if by_parameters is not None:
+                out = out - growing * by_parameters.reshape(w.shape)
+        return out + (self.design.rows.T @ spread.reshape(len(spread), -1)).reshape(w.shape)
 
     def pick(self, columns: Tensor) -> Fits:
-        parts = ("signs", "losses", "within", "away", "centre", "inverse")
+        parts = ("signs", "losses", "inverse")
         return replace(self, **{name: getattr(self, name)[..., columns] for name in parts})
 
-
-def _within_classes(term: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weights `[n, k]` of the pooled within-class least-squares slope of scores on `term` (ANCOVA).
-
-    Zero where no class has sequences of different lengths: then nothing within a class tells what length does.
-    """
-    away = torch.zeros_like(weights)
-    for side in (targets, 1 - targets):
-        part = weights * side
-        mean = (part * term).sum(0) / part.sum(0).clamp_min(1e-300)
-        away += part * (term - mean)
-    spread = (away * term).sum(0)
-    return torch.where(spread > 1e-9, away / spread.clamp_min(1e-300), 0.0)

@@ -10,12 +10,13 @@ put attention inside the window. It fails where the evidence is scattered.
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from veridical.errors import DataError
-from veridical.probes.packed import Layout, expected_maximum
+from veridical.probes.packed import Layout, expected_rolling_maximum
 from veridical.probes.pooled import Pooled, PooledProbe
 from veridical.probes.sequence import Running
 
@@ -27,7 +28,7 @@ class RollingProbe(PooledProbe):
         C: As in `PooledProbe`.
         window: Tokens in a window, at least 1.
         standardise: As in `PooledProbe`.
-        adjust_length: As in `PooledProbe`; the number of windows is what counts as length.
+        adjust_length: As in `PooledProbe`.
         tol: As in `PooledProbe`.
         max_iter: As in `PooledProbe`.
     """
@@ -49,8 +50,9 @@ class RollingProbe(PooledProbe):
         )
         self.window = window
 
-    def term(self, lengths: Tensor) -> Tensor:  # type: ignore[override]
-        return expected_maximum((lengths - self.window + 1).clamp_min(1))
+    def beyond(self, lengths: Tensor, typical: float) -> Tensor:
+        middle = expected_rolling_maximum(torch.tensor([typical], dtype=torch.float64), self.window)
+        return expected_rolling_maximum(lengths.to(torch.float64), self.window) - middle.to(lengths.device)
 
     def pool(self, readings: Tensor, layout: Layout) -> Pooled:
         z, width = readings[:, 0], self.window
@@ -79,7 +81,7 @@ class RollingProbe(PooledProbe):
         return out
 
     def running(self) -> Running:
-        return _Running(*self.length_, self.term, self.window)
+        return _Running(self._adjusts(), self.window)
 
     def said(self) -> str:
         return self._said(f"largest mean over {self.window} tokens")
@@ -93,8 +95,8 @@ class RollingProbe(PooledProbe):
 class _Running(Running):
     """The last `window` readings; the sum is made anew each time, so that rounding does not pile up."""
 
-    def __init__(self, slope: float, centre: float, term: object, window: int) -> None:
-        super().__init__(slope, centre, term)
+    def __init__(self, drift: Any, window: int) -> None:
+        super().__init__(drift)
         self._last: deque[Tensor] = deque(maxlen=window)
         self._window = window
 

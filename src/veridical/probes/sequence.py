@@ -6,14 +6,14 @@ one token would get, so that colours over a text, alarms while a text is written
 are in the same unit.
 
 Scores that grow with the number of tokens (a maximum over more draws is larger) tell lengths apart where
-nothing else differs. Estimators with `adjust_length` subtract the part that length explains within the
-classes; a sweep reports what length alone would reach.
+nothing else differs. Estimators with `adjust_length` subtract what as many tokens that say nothing would be
+expected to reach; a sweep reports what length alone would reach.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -124,18 +124,15 @@ class Running:
     one more token changes the pooled score.
     """
 
-    def __init__(self, slope: float, centre: float, term: Any) -> None:
+    def __init__(self, drift: Callable[[Tensor], Tensor] | None = None) -> None:
         self.count = 0
-        self._slope, self._centre, self._term = slope, centre, term
+        self._drift = drift
 
     def update(self, readings: Tensor) -> Tensor:
         """Takes the next token's readings `[b, channels]` (see `SequenceProbe.readers`); log-odds `[b]`."""
         self.count += 1
         score = self.add(readings)
-        if self._slope == 0:
-            return score
-        term = float(self._term(torch.tensor([self.count], dtype=torch.float64)))
-        return score - self._slope * (term - self._centre)
+        return score if self._drift is None else score - float(self._drift(torch.tensor([self.count])))
 
     def add(self, readings: Tensor) -> Tensor:
         """The pooled score `[b]` with one more token."""
