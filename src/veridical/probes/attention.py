@@ -2,13 +2,13 @@
 
     f(x_1 ... x_T) = sum_h sum_t a_ht (v_h . x_t) / sqrt(H) + b,   a_h = softmax over t of (q_h . x_t)
 
-One query and one value vector per head, as in McKenzie et al. 2025 (arXiv:2506.10805, one head), EleutherAI's
-attention probes (Shabalin and Belrose 2025, several heads) and Kramar et al. 2026 (arXiv:2601.11516); pooling by
-learned attention over a bag is Ilse et al. 2018 (arXiv:1802.04712). There is no position term, so the order
-of tokens does not matter. The factor 1 / sqrt(H) makes the penalty on the values the same for any H: heads
-that agree cost what one head costs. Queries of 0 give the mean over tokens. It has twice the parameters for each
-head and needs more data than a mean or a maximum; attention weights say where it looks, not what it reads
-there (`token_scores` does).
+One query and one value vector per head, as in McKenzie et al. 2025 (arXiv:2506.10805, one head),
+EleutherAI's attention probes (Shabalin and Belrose 2025, several heads) and Kramar et al. 2026
+(arXiv:2601.11516); pooling by learned attention over a bag is Ilse et al. 2018 (arXiv:1802.04712). There is
+no position term, so the order of tokens does not matter. The factor 1 / sqrt(H) makes the penalty on the
+values the same for any H: heads that agree cost what one head costs. Queries of 0 give the mean over tokens.
+Each head has twice the parameters of a mean or a maximum, so it needs more data; attention weights say where
+it looks, not what it reads there (`token_scores` does).
 """
 
 from __future__ import annotations
@@ -52,12 +52,10 @@ class AttentionProbe(PooledProbe):
         heads: int = 1,
         standardise: bool = True,
         adjust_length: bool = True,
-        tol: float = 1e-7,
+        tol: float = 1e-6,
         max_iter: int = 500,
     ) -> None:
-        super().__init__(
-            C, standardise=standardise, adjust_length=adjust_length, tol=tol, max_iter=max_iter
-        )
+        super().__init__(C, standardise=standardise, adjust_length=adjust_length, tol=tol, max_iter=max_iter)
         self.heads = heads
 
     @property
@@ -137,7 +135,7 @@ class AttentionProbe(PooledProbe):
     def _keep(self, coefficients: np.ndarray, intercepts: np.ndarray) -> None:
         scale = np.repeat([1.0, self.heads**-0.5], self.heads)
         folded = coefficients * scale[:, None]
-        self.queries_, self.values_ = folded[: self.heads], folded[self.heads :]
+        self.queries_, self.values_ = (np.ascontiguousarray(part) for part in np.split(folded, 2))
         self.offsets_ = intercepts * scale
 
     def single(self, coefficients: np.ndarray, intercepts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

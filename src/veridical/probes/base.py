@@ -176,6 +176,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         X = validate_data(self, as_array(X), dtype=np.float64, reset=False)
         return X @ self.coef_[0] + self.intercept_[0]
 
+    def token_scores(self, X: Any) -> np.ndarray:
+        """Log-odds of each token of a text, `[tokens]`, for its vectors `[tokens, d]`."""
+        return self.decision_function(X)
+
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the two classes, `[rows, 2]`; the second column is the positive class."""
         return np.exp(self.predict_log_proba(X))

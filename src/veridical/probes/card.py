@@ -41,7 +41,8 @@ def card(probe: LinearProbe) -> str:
         ("rows", ", ".join(origin.where) if origin.where else "all"),
     ]
     facts += [(name.replace("_", " "), str(value)) for name, value in origin.rows.items()]
-    parts = [f"# {title}", _table(("", ""), facts), USE.format(reads=probe.reads.format(width=probe.n_features_in_), read=read)]
+    use = USE.format(reads=probe.reads.format(width=probe.n_features_in_), read=read)
+    parts = [f"# {title}", _table(("", ""), facts), use]
     if origin.metrics:
         parts += ["## Figures on held-out pairs", _table(("figure", "value"), _figures(origin))]
     parts += ["## Limits", "\n".join(f"- {line}" for line in (*origin.notes, *LIMITS))]

@@ -1,9 +1,8 @@
 """L-BFGS for many problems side by side, one column each.
 
 Each column has its own curvature history, step size and end, so that a column's result does not depend on
-which others are solved with it (up to rounding); products with the shared rows are made once for all. Adam was
-left out: it has a learning rate to choose, needs hundreds of steps where this needs tens, and has no
-natural end.
+which others are solved with it (up to rounding); products with the shared rows are made once for all. Adam
+was not taken: it has a learning rate to choose and no natural end.
 """
 
 from __future__ import annotations
@@ -123,7 +122,7 @@ def _line_search(
 
     Readings are linear in the parameters, so a trial costs a pooling and no matrix product.
     """
-    size = torch.ones_like(value)
+    size = torch.ones_like(slope)
     found, kept = problem.value(z + along, w + step)
     for _ in range(HALVINGS):
         short = ~(found <= value + 1e-4 * size * slope)

@@ -2,14 +2,15 @@
 
     f(x_1 ... x_T) = w . mean_t(x_t) + b = mean_t (w . x_t + b)
 
-The plain way to give a sequence one vector, and exact: it is the logistic probe on mean vectors, so it is convex
-and solved as that is. It dilutes what only few tokens show. It does not grow with length by itself, but where
+The plain way to give a sequence one vector, and exact: it is the logistic probe on mean vectors, convex and
+solved as that is. It dilutes what only few tokens show. It does not grow with length by itself, but where
 first tokens differ from the rest (an attention sink at the start of every text), the mean tells how many
 tokens there are; the sweep's note on length says whether that could help it.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class MeanTokenProbe(SequenceProbe):
     def held_out(self, design: Design, weights: Tensor, x: Sequences) -> Tensor:
         return LinearProbe.held_out(self, design, weights, x.means())
 
-    def decide(self, x: Sequences):
+    def decide(self, x: Sequences) -> np.ndarray:
         means = x.means().cpu().numpy()
         return means @ self.coef_[0] + self.intercept_[0]
 

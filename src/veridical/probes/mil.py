@@ -3,13 +3,13 @@
     p_t = sigmoid(w . x_t + b),   P(positive) = 1 - prod_t (1 - p_t),
     f(x_1 ... x_T) = log(P / (1 - P)) = log(exp(S) - 1),   S = sum_t log(1 + exp(w . x_t + b))
 
-Handing a sequence's label to all its tokens is noisy: most tokens of a positive sequence show nothing. Here
-a token's label is hidden and only the sequence's is seen, which is the standard assumption of multiple-instance
-learning (Dietterich, Lathrop and Lozano-Perez 1997); the noisy OR is that of Maron and Lozano-Perez 1998 and of
-Viola, Platt and Zhang 2005. It was chosen over top-k, which needs k, and over expectation-maximisation, which
-climbs the same likelihood by a slower road: the likelihood has a closed form and a gradient. `predict_proba` of
-a single token is the probability that this token alone is positive. It fails where no single token
-decides; and a small p in each of many tokens adds up, which `adjust_length` takes back.
+Handing a sequence's label to all its tokens is noisy: most tokens of a positive sequence show nothing. Here a
+token's label is hidden and only the sequence's is seen, which is the standard assumption of
+multiple-instance learning (Dietterich, Lathrop and Lozano-Perez 1997); the noisy OR is that of Maron and
+Lozano-Perez 1998 and of Viola, Platt and Zhang 2005. It was chosen over top-k, which needs k, and over
+expectation-maximisation, which climbs the same likelihood by a slower road: the likelihood has a closed form
+and a gradient. Without `adjust_length`, the score of a single token is its reading. It fails where no single
+token decides; and a small p in each of many tokens adds up, which `adjust_length` takes back.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ sequences, so that pooling is a loop over positions with whole blocks, on any de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -78,6 +78,11 @@ class SequenceDesign(Design):
         rows = torch.cat([rotated, rotated.new_ones(len(rotated), 1)], 1)
         return SequenceDesign(rows, self.basis, self.mean, self.scale, self.second_moment, layout)
 
+    def read(self, parameters: Tensor) -> Tensor:
+        """Readings `[tokens, channels, k]` by parameters `[r + 1, channels, k]`."""
+        out = self.rows @ parameters.reshape(len(parameters), -1)
+        return out.reshape(len(out), *parameters.shape[1:])
+
     @cached_property
     def means(self) -> Design:
         """Mean row of each sequence in packed order, as rows of a design in the same basis."""
@@ -86,6 +91,11 @@ class SequenceDesign(Design):
             sums[:count] += self.rows[first:last]
         rows = sums / self.layout.lengths[:, None]
         return Design(rows, self.basis, self.mean, self.scale, rows.square().mean(0))
+
+    @cached_property
+    def rough(self) -> SequenceDesign:
+        """The same rows in float32."""
+        return replace(self, rows=self.rows.to(torch.float32))
 
     @cached_property
     def within(self) -> Tensor:
@@ -122,6 +132,6 @@ def _rolling_table(capacity: int, window: int) -> Tensor:
     sums = np.random.default_rng(0).standard_normal((capacity, 1000)).cumsum(0)
     windows = sums[window - 1 :].copy()
     windows[1:] -= sums[:-window]
-    largest = np.maximum.accumulate(windows / window).mean(1)
-    # The mean of one window is 0; what 1,000 draws leave of it is taken off everywhere.
-    return torch.from_numpy(np.concatenate([np.zeros(window), largest[1:] - largest[0]]))
+    # The largest of the draws and of their negatives: the same expectation with less spread.
+    largest = np.maximum.accumulate(windows) - np.minimum.accumulate(windows)
+    return torch.from_numpy(np.concatenate([np.zeros(window - 1), largest.mean(1) / (2 * window)]))

@@ -29,6 +29,9 @@ from veridical.probes.packed import Layout, SequenceDesign, expected_maximum
 from veridical.probes.sequence import SequenceProbe, Sequences
 from veridical.probes.solver import CHUNK_ELEMENTS, Design, Solution, solve
 
+CHOOSING_TOL = 1e-3
+"""Relative fall over five steps at which a fit ends while folds choose; they are then also in float32."""
+
 
 @dataclass(frozen=True)
 class Pooled:
@@ -62,7 +65,7 @@ class PooledProbe(SequenceProbe):
         *,
         standardise: bool = True,
         adjust_length: bool = True,
-        tol: float = 1e-7,
+        tol: float = 1e-6,
         max_iter: int = 500,
     ) -> None:
         super().__init__(C, standardise=standardise)
@@ -155,7 +158,9 @@ class PooledProbe(SequenceProbe):
         )
 
     def _solve(self, design: SequenceDesign, problems: Problems) -> Solution:
-        fits = Fits.of(self, design, problems)
+        # Choosing needs ranks of held-out sequences, which are settled long before the coefficients are.
+        choosing = problems.tol is not None
+        fits = Fits.of(self, design.rough if choosing else design, problems)
         solution = solve(
             design.means, problems.targets, problems.weights, problems.strengths, tol=problems.tol or 1e-6
         )
@@ -163,12 +168,15 @@ class PooledProbe(SequenceProbe):
         shape = start.shape
         # Pooling moves the scores as a whole (a maximum lies above a mean); the intercept takes that back.
         wanted = design.means.rows @ solution.weights
-        pooled = self.pool(fits.readings(start.reshape(-1, shape[2])), design.layout).scores
+        pooled = self.pool(design.read(start), design.layout).scores
         count = problems.weights.sum(0).clamp_min(1e-300)
         start = self.lift(start, ((wanted - pooled) * problems.weights).sum(0) / count)
-        tol = self.tol if problems.tol is None else max(self.tol, problems.tol**2)
-        found, steps, converged = minimise(fits, start.reshape(-1, shape[2]), tol, self.max_iter)
-        growth = fits.growth(found, fits.readings(found))[0]
+        start = start.reshape(-1, shape[2]).to(fits.design.rows)
+        tol = max(self.tol, CHOOSING_TOL) if choosing else self.tol
+        found, steps, converged = minimise(fits, start, tol, self.max_iter)
+        found = found.to(design.rows)
+        shaped = found.reshape(shape)
+        growth, _, _ = self.growth(shaped, design.within, design.read(shaped))
         length = torch.stack([growth, torch.full_like(growth, fits.typical)])
         return Solution(torch.cat([found, length]), steps, converged)
 
@@ -180,8 +188,8 @@ class PooledProbe(SequenceProbe):
         width = max(1, CHUNK_ELEMENTS // (len(design.rows) * c))
         parts = []
         for part in weights.split(width, dim=1):
-            readings = design.rows @ part[:-2].reshape(design.rows.shape[1], -1)
-            pooled = self.pool(readings.reshape(len(readings), c, -1), layout).scores
+            readings = design.read(part[:-2].reshape(design.rows.shape[1], c, -1))
+            pooled = self.pool(readings, layout).scores
             if self.adjust_length:
                 pooled = pooled - self.expected(layout.lengths, float(part[-1, 0]), part[-2])[0]
             parts.append(pooled)
@@ -278,13 +286,12 @@ class Fits:
             losses,
             typical,
             penalty.reshape(-1, 1),
-            (1 / curvature.clamp_min(1e-12)).reshape(width * probe.channels, -1),
+            (1 / curvature.clamp_min(1e-12)).reshape(width * probe.channels, -1).to(design.rows),
         )
 
     def readings(self, w: Tensor) -> Tensor:
         """`[tokens, channels, k]`."""
-        out = self.design.rows @ w.reshape(self.design.rows.shape[1], -1)
-        return out.reshape(len(out), self.probe.channels, -1)
+        return self.design.read(w.reshape(self.design.rows.shape[1], self.probe.channels, -1))
 
     def growth(self, w: Tensor, readings: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`PooledProbe.growth` at parameters `[p, k]`."""
@@ -300,17 +307,20 @@ class Fits:
             expected, slope = self.probe.expected(layout.lengths, self.typical, growth)
             scores, bent = scores - expected, (slope, by_parameters, by_readings)
         margin = self.signs * scores
-        loss = (self.losses * torch.nn.functional.softplus(-margin, threshold=700.0)).sum(0)
-        return loss + 0.5 * (self.penalty * w.square()).sum(0), (readings, pooled, margin, bent)
+        loss = self.losses * torch.nn.functional.softplus(-margin, threshold=700.0)
+        value = loss.sum(0, dtype=torch.float64) + 0.5 * (self.penalty * w.square()).sum(
+            0, dtype=torch.float64
+        )
+        return value, (readings, pooled, margin, bent)
 
     def gradient(self, kept: Any, w: Tensor) -> Tensor:
         readings, pooled, margin, bent = kept
-        along = -self.signs * self.losses * torch.sigmoid(-margin)
+        along = (-self.signs * self.losses * torch.sigmoid(-margin)).to(readings.dtype)
         spread = self.probe.spread(along, readings, pooled, self.design.layout)
         out = self.penalty * w
         if bent is not None:
             slope, by_parameters, by_readings = bent
-            growing = (along * slope).sum(0)
+            growing = (along * slope).sum(0).to(w.dtype)
             if by_readings is not None:
                 spread = spread - growing * by_readings
             if by_parameters is not None:
@@ -320,4 +330,3 @@ class Fits:
     def pick(self, columns: Tensor) -> Fits:
         parts = ("signs", "losses", "inverse")
         return replace(self, **{name: getattr(self, name)[..., columns] for name in parts})
-

@@ -42,12 +42,10 @@ class RollingProbe(PooledProbe):
         window: int = 5,
         standardise: bool = True,
         adjust_length: bool = True,
-        tol: float = 1e-7,
+        tol: float = 1e-6,
         max_iter: int = 500,
     ) -> None:
-        super().__init__(
-            C, standardise=standardise, adjust_length=adjust_length, tol=tol, max_iter=max_iter
-        )
+        super().__init__(C, standardise=standardise, adjust_length=adjust_length, tol=tol, max_iter=max_iter)
         self.window = window
 
     def beyond(self, lengths: Tensor, typical: float) -> Tensor:

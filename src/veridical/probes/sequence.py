@@ -1,9 +1,9 @@
 """Probes for a label on a whole sequence of tokens: the form of their data, and what they all share.
 
 Every estimator here reads each token with one or more linear functions and pools the readings of a sequence
-into one log-odds; its file gives the pooling. `token_scores` of a token is the log-odds that a sequence of that
-one token would get, so that colours over a text, alarms while a text is written, and the label of the whole
-are in the same unit.
+into one log-odds; its file gives the pooling. `token_scores` of a token is the log-odds that a sequence of
+that one token would get, so that colours over a text, alarms while a text is written, and the label of the
+whole are in the same unit.
 
 Scores that grow with the number of tokens (a maximum over more draws is larger) tell lengths apart where
 nothing else differs. Estimators with `adjust_length` subtract what as many tokens that say nothing would be
@@ -62,7 +62,7 @@ class Sequences:
         if rows is not None:
             vectors = _matrix(x, "the vectors")
             return cls(vectors, runs(rows, len(vectors)).to(vectors.device))
-        if isinstance(x, list | tuple) and len(x) and np.ndim(as_array(x[0])) == 2:
+        if _is_list_of_sequences(x):
             parts = [_matrix(part, f"sequence {number}") for number, part in enumerate(x)]
             return cls._joined(parts)
         whole = x if isinstance(x, Tensor) else torch.from_numpy(np.array(x, dtype=np.float64))
@@ -82,7 +82,8 @@ class Sequences:
                 raise DataError(f"sequence {number} has no tokens; leave it out with its label")
             if part.shape[1] != parts[0].shape[1]:
                 raise DataError(
-                    f"sequence {number} has vectors of width {part.shape[1]}; the first has {parts[0].shape[1]}"
+                    f"sequence {number} has vectors of width {part.shape[1]}; the first has "
+                    f"{parts[0].shape[1]}"
                 )
         lengths = torch.tensor([len(part) for part in parts], device=parts[0].device)
         return cls(torch.cat(list(parts)), lengths)
@@ -188,7 +189,7 @@ class SequenceProbe(LinearProbe):
     def source(
         self, acts: Activations | Mapping[str, Any], target: Any, groups: Any, texts: Any, rows: Any
     ) -> Source:
-        """Sequences with their labels, for a sweep; `target`, `groups`, `texts` and `rows` are per sequence."""
+        """Sequences with their labels, for a sweep; labels, groups, texts and `rows` are per sequence."""
         return read_sequences(acts, target, groups, texts, rows)
 
     def notes(self, source: Source, task: Task) -> tuple[str, ...]:
@@ -208,7 +209,7 @@ class SequenceProbe(LinearProbe):
 
     def _rows(self, X: Any, y: Any = None, fitting: bool = False) -> Any:
         """Checked sequences; with `fitting` also sets the width, and checks the labels' number."""
-        if not isinstance(X, Sequences) and not _is_list_of_sequences(X) and np.ndim(as_array(X)) != 3:
+        if not isinstance(X, Sequences) and not _is_list_of_sequences(X) and getattr(X, "ndim", 2) != 3:
             # scikit-learn's own checks and messages for a plain matrix.
             return Sequences.of(
                 validate_data(
@@ -234,9 +235,10 @@ class SequenceProbe(LinearProbe):
     def _fitted_on(self, X: Any, y: Any) -> tuple[Any, np.ndarray]:
         x = self._rows(X, fitting=True)
         labels = np.asarray(as_labels(y))
-        if y is None or labels.ndim == 0 or len(labels) != len(x):
-            said = "None" if y is None else f"shape {labels.shape}"
-            raise DataError(f"y is {said}; expected one label for each of {len(x)} sequences")
+        if y is None:
+            raise DataError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        if labels.ndim == 0 or len(labels) != len(x):
+            raise DataError(f"y has shape {labels.shape}; expected one label for each of {len(x)} sequences")
         return x, labels
 
 
@@ -279,7 +281,9 @@ def read_sequences(
         first = next(iter(read.values()))
         for site, x in read.items():
             if not torch.equal(x.lengths.cpu(), first.lengths.cpu()):
-                raise DataError(f"the sequences at {site} have other lengths than those at {next(iter(read))}")
+                raise DataError(
+                    f"the sequences at {site} have other lengths than those at {next(iter(read))}"
+                )
         lengths = first.lengths.cpu()
         vectors: Any = {site: x.vectors for site, x in read.items()}
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -162,7 +162,7 @@ class _Sweep:
         each = torch.tensor(strengths, dtype=torch.float64)[torch.from_numpy(chosen)].to(labels.device)
         final = self.probe.solve(design, self._problems(labels, torch.ones_like(labels), each))
         scores = self.probe.held_out(design, final.weights, self.source.vectors(site, self.task.test))
-        probe = clone(self.probe)
+        probe: LinearProbe = cast(LinearProbe, clone(self.probe))
         if probe.tuned:
             probe.set_params(C=strengths[chosen[0]])
         return _SiteFit(
@@ -198,7 +198,9 @@ class _Sweep:
             each = torch.full((sets * count,), strength, dtype=torch.float64, device=device)
             problems = self._problems(labels, masks, each, start=weights, tol=SELECTION_TOL)
             weights = self.probe.solve(design, problems).weights
-            scores = evaluate.settled(self.probe.scores(design, weights).cpu().numpy()).reshape(n, sets, count)
+            scores = evaluate.settled(self.probe.scores(design, weights).cpu().numpy()).reshape(
+                n, sets, count
+            )
             for fold, (_, validation) in enumerate(self.folds):
                 part = scores[validation, :, fold]
                 found[:, fold, at] = evaluate.auroc(part, self.fit_labels[validation])
