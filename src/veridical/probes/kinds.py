@@ -19,6 +19,11 @@ KINDS = {
     "ccs": "CCSProbe",
     "ttpd": "TTPDProbe",
     "stacked": "StackedProbe",
+    "mean_tokens": "MeanTokenProbe",
+    "max_tokens": "MaxTokenProbe",
+    "rolling": "RollingProbe",
+    "attention": "AttentionProbe",
+    "mil": "MILProbe",
 }
 """Module of `veridical.probes` and class of each estimator; a new estimator is one more line."""
 

@@ -44,6 +44,7 @@ class StackedProbe(LinearProbe):
     """
 
     name = "stacked"
+    reads = "a dict of site to activations [rows, width]"
 
     def __init__(
         self, base: LinearProbe | str = "logistic", *, C: float = 1.0, folds: int = 5, seed: int = 0
