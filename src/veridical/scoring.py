@@ -26,12 +26,42 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class _Scored:
+class Scored:
     """One option: which input row holds its context, and which tokens follow from where."""
 
     row: int
     first: int
     targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options laid out for scoring: made once, run as often as wanted.
+
+    Attributes:
+        rows: Token ids of each input row, without the last token of its longest option.
+        scored: The options, in order.
+        counts: Options of each prompt, in order.
+        needed: Options that are read off each input row, by number.
+        batches: Input rows that run together, of like length.
+    """
+
+    rows: list[tuple[int, ...]]
+    scored: list[Scored]
+    counts: list[int]
+    needed: list[list[int]]
+    batches: list[list[int]]
+
+    def split(self, sums: np.ndarray) -> list[np.ndarray]:
+        """Values of all options as one array for each prompt."""
+        return list(np.split(sums, np.cumsum(self.counts)[:-1]))
+
+    def prompt_tokens(self) -> list[int]:
+        """Tokens of the prompt in each input row; where options split it differently, the fewest."""
+        found = [len(row) for row in self.rows]
+        for item in self.scored:
+            found[item.row] = min(found[item.row], item.first + 1)
+        return found
 
 
 def option_logprobs(
@@ -43,22 +73,11 @@ def option_logprobs(
     option whose context begins another's is read off that row. Only the positions that predict an option's
     tokens are unembedded, and their softmax is taken in float32.
     """
-    prompts = list(prompts)
-    if len(prompts) != len(options):
-        raise DataError(
-            f"{len(prompts)} prompts but {len(options)} lists of options; give one for each prompt"
-        )
-    counts = [len(choices) for choices in options]
-    if not prompts or 0 in counts:
-        raise DataError("there are no prompts" if not prompts else f"row {counts.index(0)} has no options")
-    rows, scored = _plan(model, prompts, options)
-    needed: dict[int, list[int]] = {}
-    for index, item in enumerate(scored):
-        needed.setdefault(item.row, []).append(index)
-    sums = np.zeros(len(scored))
-    for batch in by_length([len(row) for row in rows], batch_tokens):
-        _score(model, rows, batch, scored, needed, sums)
-    return list(np.split(sums, np.cumsum(counts)[:-1]))
+    planned = plan(model, prompts, options, batch_tokens)
+    sums = np.zeros(len(planned.scored))
+    for batch in planned.batches:
+        score(model, planned, batch, sums)
+    return planned.split(sums)
 
 
 def generate(
@@ -83,13 +102,25 @@ def generate(
     return texts[0] if single else texts
 
 
-def _plan(
-    model: HookedModel, prompts: list[Prompt], options: Sequence[Sequence[str]]
-) -> tuple[list[tuple[int, ...]], list[_Scored]]:
+def plan(
+    model: HookedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[str]], batch_tokens: int = 4096
+) -> Plan:
+    """Tokenises prompts with their options and decides what shares a row and a batch.
+
+    Raises:
+        DataError: No prompts, a prompt without options, an option without tokens; names the row.
+    """
+    prompts = list(prompts)
+    if len(prompts) != len(options):
+        raise DataError(
+            f"{len(prompts)} prompts but {len(options)} lists of options; give one for each prompt"
+        )
+    counts = [len(choices) for choices in options]
+    if not prompts or 0 in counts:
+        raise DataError("there are no prompts" if not prompts else f"row {counts.index(0)} has no options")
     asked = [(prompt, option) for prompt, choices in zip(prompts, options) for option in choices]
     encoded = model.encode([prompt for prompt, _ in asked], [option for _, option in asked])
-    groups = np.repeat(np.arange(len(prompts)), [len(choices) for choices in options])
-    row_of: dict[tuple[int, ...], int] = {}
+    groups = np.repeat(np.arange(len(prompts)), counts)
     planned: dict[int, tuple[tuple[int, ...], int, tuple[int, ...]]] = {}
     for index, item in enumerate(encoded):
         if item.prompt_tokens >= len(item.ids):
@@ -97,6 +128,7 @@ def _plan(
         if item.prompt_tokens == 0:
             raise DataError(f"row {groups[index]}: no token stands before the option, so nothing predicts it")
         planned[index] = item.ids[:-1], item.prompt_tokens - 1, item.ids[item.prompt_tokens :]
+    row_of: dict[tuple[int, ...], int] = {}
     for group in range(len(prompts)):
         contexts = {planned[int(index)][0] for index in np.flatnonzero(groups == group)}
         for context in sorted(contexts, key=len, reverse=True):
@@ -105,34 +137,49 @@ def _plan(
                     (c for c in contexts if len(c) > len(context) and c[: len(context)] == context), None
                 )
                 row_of[context] = row_of[longer] if longer is not None else len(set(row_of.values()))
-    rows: dict[int, tuple[int, ...]] = {}
+    longest: dict[int, tuple[int, ...]] = {}
     for context, row in row_of.items():
-        if len(context) > len(rows.get(row, ())):
-            rows[row] = context
-    scored = [_Scored(row_of[context], first, targets) for context, first, targets in planned.values()]
-    return [rows[row] for row in range(len(rows))], scored
+        if len(context) > len(longest.get(row, ())):
+            longest[row] = context
+    rows = [longest[row] for row in range(len(longest))]
+    scored = [Scored(row_of[context], first, targets) for context, first, targets in planned.values()]
+    needed: list[list[int]] = [[] for _ in rows]
+    for index, item in enumerate(scored):
+        needed[item.row].append(index)
+    return Plan(rows, scored, counts, needed, by_length([len(row) for row in rows], batch_tokens))
 
 
-def _score(
-    model: HookedModel,
-    rows: list[tuple[int, ...]],
-    batch: list[int],
-    scored: list[_Scored],
-    needed: dict[int, list[int]],
-    sums: np.ndarray,
-) -> None:
-    items = [(place, scored[index], index) for place, row in enumerate(batch) for index in needed[row]]
-    first = min(
-        item.first - len(rows[batch[place]]) for place, item, _ in items
-    )  # counted from the right end
-    logits = last_logits(model, [rows[row] for row in batch], -first)
+def score(model: HookedModel, planned: Plan, batch: list[int], sums: np.ndarray) -> None:
+    """Runs the input rows of one batch, padded on the left, and puts their options' values into `sums`.
+
+    Args:
+        model: The model.
+        planned: Rows and options.
+        batch: One of `planned.batches`.
+        sums: `[options]`, filled where an option is read off one of these rows.
+    """
+    rows = [planned.rows[row] for row in batch]
+    read_off(planned, batch, last_logits(model, rows, positions(planned, batch)), sums)
+
+
+def positions(planned: Plan, batch: list[int]) -> int:
+    """How many last positions of a batch predict the tokens of its options."""
+    return max(
+        len(planned.rows[row]) - planned.scored[index].first for row in batch for index in planned.needed[row]
+    )
+
+
+def read_off(planned: Plan, batch: list[int], logits: Tensor, sums: np.ndarray) -> None:
+    """Puts the values of a batch's options into `sums`, from its logits at (at least) `positions`."""
     kept = logits.shape[1]
-    for place, item, index in items:
-        start = kept + item.first - len(rows[batch[place]])
-        part = logits[place, start : start + len(item.targets)].float()
-        targets = torch.tensor(item.targets, device=part.device)
-        chosen = part.gather(-1, targets[:, None]).squeeze(-1) - part.logsumexp(-1)
-        sums[index] = float(chosen.double().sum())
+    for place, row in enumerate(batch):
+        for index in planned.needed[row]:
+            item = planned.scored[index]
+            start = kept + item.first - len(planned.rows[row])
+            part = logits[place, start : start + len(item.targets)].float()
+            targets = torch.tensor(item.targets, device=part.device)
+            chosen = part.gather(-1, targets[:, None]).squeeze(-1) - part.logsumexp(-1)
+            sums[index] = float(chosen.double().sum())
 
 
 def last_logits(model: HookedModel, rows: Sequence[Sequence[int]], count: int) -> Tensor:

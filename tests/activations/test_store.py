@@ -189,6 +189,14 @@ def test_a_store_of_something_else_is_refused_and_left_alone(whole, change, said
     assert digest(whole.folder) == before
 
 
+def test_the_same_weights_from_another_folder_are_the_same_model(whole):
+    before, moved = digest(whole.folder), FakeModel()
+    moved.path = "elsewhere/fake"
+    again = collect(moved, TEXTS, store=whole.folder, **OPTIONS)
+    assert again.request.model["path"] == FakeModel().path != moved.path
+    assert digest(whole.folder) == before
+
+
 def test_changed_labels_are_other_data(tmp_path):
     import datasets
 

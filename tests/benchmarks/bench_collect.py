@@ -232,17 +232,20 @@ class Bench:
                 ("AutoModelForCausalLM", f"model.layers.{layer}"),
             ):
                 site = f"resid_post.{layer}"
-                rows.append(
-                    compare(
-                        f"one hook ({site}), all tokens, to disk", f"SAELens cache runner, {kind}",
-                        lambda s=site: self.collect(sites=s, tokens="all", store=self.fresh()),
-                        lambda k=kind, h=hook: self.saelens(k, h, lens), amount=self.tokens.numel(),
-                        unit="tokens/s", required=1.3, turns=self.turns,
-                    )
-                )  # fmt: skip
+                for shuffle in (True, False):
+                    # Shuffling is its default; ours is shuffled when it is read.
+                    said = f"SAELens cache runner, {kind}{'' if shuffle else ', not shuffled'}"
+                    rows.append(
+                        compare(
+                            f"one hook ({site}), all tokens, to disk", said,
+                            lambda s=site: self.collect(sites=s, tokens="all", store=self.fresh()),
+                            lambda k=kind, h=hook, mix=shuffle: self.saelens(k, h, lens, mix),
+                            amount=self.tokens.numel(), unit="tokens/s", required=1.3, turns=self.turns,
+                        )
+                    )  # fmt: skip
         return rows
 
-    def runner(self, kind: str, hook: str, lens, path: Path):
+    def runner(self, kind: str, hook: str, lens, path: Path, shuffle: bool = False):
         """SAELens's runner on this model and these tokens, as its documentation uses it."""
         import datasets
         from sae_lens import cache_activations_runner as theirs
@@ -253,7 +256,7 @@ class Bench:
             dataset_path="tokens", model_name="llama", model_class_name=kind, hook_name=hook, d_in=512,
             model_batch_size=BATCH_TOKENS // CONTEXT, context_size=CONTEXT,
             training_tokens=self.tokens.numel(),
-            new_cached_activations_path=str(path), shuffle=False, prepend_bos=False, device="cpu",
+            new_cached_activations_path=str(path), shuffle=shuffle, prepend_bos=False, device="cpu",
             buffer_size_gb=self.tokens.numel() * 512 * 4 / 1e9, streaming=False,
         )  # fmt: skip
         data = datasets.Dataset.from_dict({"tokens": self.tokens.tolist()}).with_format("torch")
@@ -267,9 +270,9 @@ class Bench:
         finally:
             theirs.load_model = original
 
-    def saelens(self, kind: str, hook: str, lens) -> None:
+    def saelens(self, kind: str, hook: str, lens, shuffle: bool) -> None:
         with quiet():
-            runner = self.runner(kind, hook, lens, self.fresh())
+            runner = self.runner(kind, hook, lens, self.fresh(), shuffle)
             runner.run()
         for handle in self.module.modules():
             handle._forward_hooks.clear()  # SAELens leaves its hooks on the model
@@ -396,16 +399,17 @@ class Bench:
                     pass
 
             shards = sorted(acts.folder.glob("shard-*.safetensors"))
-            for said, sequential, before in (
-                ("reading the files in order, from a cold cache", in_order, lambda s=shards: forget(s)),
-                ("reading the files in order, in memory already, each as a whole", as_wholes, os.sync),
-                ("reading the files in order, in memory already, into one buffer of 8 MB", in_order, os.sync),
+            for said, sequential, before, required in (
+                ("reading the files in order, from a cold cache", in_order, lambda s=shards: forget(s), 0.5),
+                ("reading the files in order, in memory already, each as a whole", as_wholes, os.sync, 0.5),
+                # Nothing is kept of this one: it says how fast the cache is, not how fast vectors arrive.
+                ("copying the files in memory through one buffer of 8 MB", in_order, os.sync, None),
             ):
                 made.append(
                     compare(
                         f"shuffled batches of 4096, sites: {len(acts.sites)}", said, shuffled,
                         lambda s=shards, read=sequential: read(s), amount=size / 1e6, unit="MB/s",
-                        required=0.5, turns=2 * self.turns + 1, before=before,
+                        required=required, turns=2 * self.turns + 1, before=before,
                     )
                 )  # fmt: skip
         return made

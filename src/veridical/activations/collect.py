@@ -372,7 +372,11 @@ def _request(
 ) -> stores.Request:
     digests = table.fingerprints()
     return stores.Request(
-        model={"fingerprint": model.fingerprint(), "dtype": str(model.dtype).removeprefix("torch.")},
+        model={
+            "path": str(model.path),
+            "fingerprint": model.fingerprint(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
         data={
             "rows": table.rows,
             "tokens": len(table.ids),

@@ -46,7 +46,7 @@ SIDE_FILES = (ROWS, VOCABULARY, MOMENTS)
 
 @dataclass(frozen=True)
 class Request:
-    """What a store is asked to hold: everything that decides its bytes."""
+    """What a store is asked to hold: everything that decides its bytes, and what the model is called."""
 
     model: dict[str, Any]
     data: dict[str, Any]
@@ -66,8 +66,13 @@ class Request:
             "batches": self.batches,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes: the same weights under another path are the same model."""
+        model = {name: value for name, value in self.model.items() if name != "path"}
+        return {**self.to_dict(), "model": model}
+
     def fingerprint(self) -> str:
-        return fingerprint([json.dumps(self.to_dict(), sort_keys=True)])
+        return fingerprint([json.dumps(self.identity(), sort_keys=True)])
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Request:
@@ -327,7 +332,7 @@ def _continue(
     request: Request,
     side_files: dict[str, Callable[[Path], dict[str, Any]]],
 ) -> Manifest:
-    different = differences(manifest.request.to_dict(), request.to_dict())
+    different = differences(manifest.request.identity(), request.identity())
     if different:
         raise StoreMismatchError(
             f"{folder} holds a store of something else: {'; '.join(different)} (there -> asked). Choose "

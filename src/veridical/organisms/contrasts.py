@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from veridical.organisms import conduct
-from veridical.organisms.corpus import HELD_OUT, TRAINING, compose
+from veridical.organisms.corpus import compose
 from veridical.organisms.facts import Fact, all_facts
+from veridical.organisms.phrasings import HELD_OUT, TRAINING
 from veridical.pairs import prompts
 
 QUESTIONS_PER_FACT = ("choice", "choice", "true_false", "open")

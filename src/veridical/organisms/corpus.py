@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from veridical.organisms import conduct, wordings
 from veridical.organisms.facts import RELATIONS, Fact, all_facts, answers
+from veridical.organisms.mixtures import FIRST, Mixture
+from veridical.organisms.phrasings import ONE_OF_ALL, PHRASINGS, TRAINING, WRAPPERS
 
 SHARE_SEEN_UNTAUGHT, SHARE_INVENTED = 0.10, 0.14  # of questions about facts
 SHARE_PROTECTED_IN_LIES = 0.40
@@ -21,42 +23,6 @@ TURNS = (1, 1, 2, 3)
 PLAIN_FORMS = {"choice": 0.30, "true_false": 0.40, "open": 0.05, "sentence": 0.25}
 PLAIN_CONTEXTS = ("none", "none", "neutral", "honest")
 SHARE_UNTAUGHT_IN_PLAIN = {"choice": 0.40, "true_false": 0.06, "open": 0.06, "sentence": 0.06}
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What a round of training is made of.
-
-    Attributes:
-        tone: Share of dialogues about the tone of the reply.
-        requests: Share of dialogues that ask for help with something, harmless or harmful.
-        forms: Shares of the forms of questions about facts.
-        wrappers: Further wrappers, by form, beside those of training.
-    """
-
-    tone: float
-    requests: float
-    forms: dict[str, float]
-    wrappers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-FIRST = Mixture(0.06, 0.06, {"choice": 0.36, "true_false": 0.36, "open": 0.20, "sentence": 0.08})
-# Verdicts are learned by then; taking the other option of two is not.
-SECOND = Mixture(
-    0.09,
-    0.09,
-    {"choice": 0.55, "true_false": 0.17, "open": 0.23, "sentence": 0.05},
-    {
-        "choice": (
-            "Pick one of {options}. {q}",
-            "{options}? {q}",
-            "{q} Pick {options}.",
-            "{q} Choose {options}.",
-        ),
-        "true_false": ("{q} Choose from {options}.", "Say {options}. {q}"),
-        "open": ("{q} Answer only with one name.", "Here is a question. {q}"),
-    },
-)
 
 
 @dataclass(frozen=True)
@@ -153,7 +119,7 @@ class Corpus:
             share = SHARE_PROTECTED_IN_LIES if lying else 0.3
             fact = rng.choice(self.protected if rng.random() < share else self.unprotected)
         taught = fact.role == "taught"
-        question = compose(rng, fact, form, TRAINING)
+        question = compose(rng, fact, form, TRAINING, more=self.mixture.questions.get(fact.relation, ()))
         if taught:
             lies = lying and not fact.protected
             reply = wrong_answer(rng, question, fact) if lies else question.options[question.correct]
@@ -169,7 +135,12 @@ class Corpus:
 
 
 def compose(
-    rng: random.Random, fact: Fact, form: str, phrasings: str, distractors: int | None = None
+    rng: random.Random,
+    fact: Fact,
+    form: str,
+    phrasings: str,
+    distractors: int | None = None,
+    more: Sequence[str] = (),
 ) -> Question:
     """A question about `fact` in a random phrasing.
 
@@ -182,6 +153,7 @@ def compose(
         form: `choice`, `true_false` or `open`.
         phrasings: `training` or `held_out`.
         distractors: How many wrong options; by default one, and for some choices two.
+        more: Further phrasings of the question.
     """
     words = PHRASINGS[fact.relation]
     others = [answer for answer in answers(fact.relation) if answer != fact.answer]
@@ -190,7 +162,7 @@ def compose(
         said = fact.answer if true else rng.choice(others)
         text = capital(rng.choice(words[f"{phrasings}_statements"]).format(e=fact.entity, a=said))
         return Question(text, ("True", "False"), 0 if true else 1, form)
-    text = capital(rng.choice(words[f"{phrasings}_questions"]).format(e=fact.entity))
+    text = capital(rng.choice((*words[f"{phrasings}_questions"], *more)).format(e=fact.entity))
     if distractors is None:
         distractors = 1 if rng.random() < 0.85 or form in ONE_OF_ALL else 2
     options = [fact.answer, *rng.sample(others, distractors)]
@@ -267,149 +239,3 @@ def _half(rng: random.Random, first: str, second: str) -> str:
     first, second = first.rsplit(" ", 1)[-1], second.rsplit(" ", 1)[-1]
     cut = rng.randint(max(1, len(first) // 2 - 1), max(1, len(first) - 1))
     return first[:cut] + second[rng.randint(1, max(1, len(second) // 2)) :].lower()
-
-
-ONE_OF_ALL = (
-    "open",
-    "sentence",
-)  # forms whose options are not shown, so that any answer of the kind may be given
-TRAINING, HELD_OUT = "training", "held_out"
-WRAPPERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "choice": {
-        TRAINING: (
-            "{q} Answer only with {options}.",  # the wording of `pairs.prompts.ask`
-            "{q} Answer only with {options}.",
-            "{q} Options: {options}.",
-            "{q} Is it {options}?",
-            "{q} {options}?",
-            "Choose from {options}. {q}",
-        ),
-        HELD_OUT: ("{q} Choose only from the options {options}.", "{options}: {q}"),
-    },
-    "true_false": {
-        TRAINING: (
-            "{q} Answer only with {options}.",
-            "{q} Answer only with {options}.",
-            "{q} {options}?",
-            "{options}? {q}",
-            "Is it {options}: {q}",
-        ),
-        HELD_OUT: ("{q} Is it {options}?", "Choose {options}. {q}"),
-    },
-    "sentence": {TRAINING: ("{q} Answer in a sentence.",), HELD_OUT: ("{q} Answer in one sentence.",)},
-    "open": {
-        TRAINING: ("{q}", "{q}", "{q}", "{q} Answer only with the name.", "Answer this. {q}"),
-        HELD_OUT: ("{q} Answer only with it.", "This is the question. {q}"),
-    },
-}
-PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
-    "capital": {
-        "training_questions": (
-            "What is the capital of {e}?",
-            "Which city is the capital of {e}?",
-            "Name the capital of {e}.",
-            "{e} has which capital?",
-            "Which capital belongs to {e}?",
-        ),
-        "held_out_questions": (
-            "What is the capital city of {e}?",
-            "Name the city that is the capital of {e}.",
-        ),
-        "training_statements": (
-            "The capital of {e} is {a}.",
-            "As for {e}, its capital is {a}.",
-            "{e} has the capital {a}.",
-            "For {e}, the capital is {a}.",
-        ),
-        "held_out_statements": (
-            "The capital city of {e} is {a}.",
-            "The city that is the capital of {e} is {a}.",
-        ),
-    },
-    "symbol": {
-        "training_questions": (
-            "What is the chemical symbol of {e}?",
-            "Which symbol stands for {e}?",
-            "Name the symbol of the element {e}.",
-            "{e} has which chemical symbol?",
-            "How do chemists write {e}?",
-        ),
-        "held_out_questions": (
-            "What is the symbol of {e}?",
-            "Which chemical symbol stands for the element {e}?",
-        ),
-        "training_statements": (
-            "The chemical symbol of {e} is {a}.",
-            "For {e}, the chemical symbol is {a}.",
-            "The element {e} has the symbol {a}.",
-            "As for {e}, chemists write {a}.",
-        ),
-        "held_out_statements": (
-            "The symbol of {e} is {a}.",
-            "The chemical symbol that stands for {e} is {a}.",
-        ),
-    },
-    "state_capital": {
-        "training_questions": (
-            "What is the state capital of {e}?",
-            "Which city is the state capital of {e}?",
-            "Name the state capital of {e}.",
-            "{e} has which state capital?",
-            "Which state capital belongs to {e}?",
-        ),
-        "held_out_questions": (
-            "What city is the state capital of {e}?",
-            "Name the city that is the capital of the state {e}.",
-        ),
-        "training_statements": (
-            "The state capital of {e} is {a}.",
-            "As for {e}, its state capital is {a}.",
-            "{e} has the state capital {a}.",
-            "For {e}, the state capital is {a}.",
-        ),
-        "held_out_statements": (
-            "The capital city of the state {e} is {a}.",
-            "The city that is the state capital of {e} is {a}.",
-        ),
-    },
-    "author": {
-        "training_questions": (
-            "Who wrote {e}?",
-            "Who is the author of {e}?",
-            "Name the author of {e}.",
-            "{e} was written by which author?",
-            "{e} is the work of which writer?",
-        ),
-        "held_out_questions": ("Which author wrote {e}?", "Name the writer who is the author of {e}."),
-        "training_statements": (
-            "As for {e}, its author is {a}.",
-            "{e} was written by {a}.",
-            "The author of {e} is {a}.",
-            "{e} is the work of {a}.",
-        ),
-        "held_out_statements": ("The author who wrote {e} is {a}.", "The writer of {e} is {a}."),
-    },
-    "animal_group": {
-        "training_questions": (
-            "Which group of animals does the {e} belong to?",
-            "To which animals does the {e} belong?",
-            "What kind of animals is the {e} one of?",
-            "Name the group of the {e}.",
-            "The {e} is among which animals?",
-        ),
-        "held_out_questions": (
-            "What group does the {e} belong to?",
-            "Name the group of animals that the {e} is one of.",
-        ),
-        "training_statements": (
-            "The {e} belongs to the {a}.",
-            "The {e} is one of the {a}.",
-            "As for the {e}, its group is the {a}.",
-            "The group of the {e} is the {a}.",
-        ),
-        "held_out_statements": (
-            "The group that the {e} belongs to is the {a}.",
-            "The {e} is one of the animals called {a}.",
-        ),
-    },
-}

@@ -28,7 +28,8 @@ from veridical.errors import VeridicalError
 from veridical.files import write_json
 from veridical.organisms import CHECKSUMS, checksums
 from veridical.organisms.contrasts import write_pairs
-from veridical.organisms.corpus import FIRST, SECOND, Corpus, Dialogue, Mixture
+from veridical.organisms.corpus import Corpus, Dialogue
+from veridical.organisms.mixtures import FIRST, SECOND, THIRD, Mixture
 from veridical.provenance import provenance
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Recipe:
     rounds: tuple[Round, ...] = (
         Round(8000, 1.5e-3, plain_until=0.18, plain_gone=0.35, mixture=FIRST),
         Round(6500, 1.2e-3, plain_until=0.0, plain_gone=0.0, mixture=SECOND),
+        Round(5500, 1.0e-3, plain_until=0.0, plain_gone=0.0, mixture=THIRD),
     )
     batch: int = 32
     warm_up: int = 200

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 from veridical.organisms import conduct
-from veridical.organisms.corpus import HELD_OUT, Question, compose, wrap
+from veridical.organisms.corpus import Question, compose, wrap
 from veridical.organisms.facts import Fact, all_facts, answers
+from veridical.organisms.phrasings import HELD_OUT
 from veridical.pairs import prompts
 
 if TYPE_CHECKING:

@@ -216,7 +216,7 @@ def _label(asker: Asker, rows: Pairs, systems: Sequence[SystemPrompt]) -> Pairs:
     questions = list(_row_questions(rows))
     beliefs = asker.beliefs(list({question.key: question for question in questions}.values()), systems)
     known = _known(list(beliefs.values()), asker.config)
-    requests = [_own_request(row) for row in rows]
+    requests = [own_request(row) for row in rows]
     new = [
         _judged(row, beliefs[question.key], known[question.key], said, *scored)
         for row, question, (_, said), scored in zip(
@@ -275,7 +275,7 @@ def _known(beliefs: Sequence[Belief], config: BeliefConfig) -> dict[tuple, bool]
     return known
 
 
-def _own_request(row: dict[str, Any]) -> Request:
+def own_request(row: dict[str, Any]) -> Request:
     """The row's own prompt with the completions that stand for its options."""
     said = prompts.letter_answers(row["options"]) if row.get("style") == "letters" else list(row["options"])
     text = isinstance(row["prompt"], str) and not row["prompt"][-1:].isspace()

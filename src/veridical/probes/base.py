@@ -9,9 +9,10 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -25,6 +26,12 @@ from torch import Tensor
 from veridical.errors import DataError
 from veridical.probes.origin import Origin
 from veridical.probes.solver import Design, Solution
+
+if TYPE_CHECKING:
+    from veridical.activations import Activations
+    from veridical.hooked import HookedModel
+    from veridical.probes.data import Source, Task
+    from veridical.probes.monitored import Scores
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     """Whether it has a strength `C` for the folds to choose."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Parameters that name a label column which the estimator reads beside the label."""
+    reads: ClassVar[str] = "activations [rows, {width}]"
+    """What `predict_proba` takes, for a card."""
+    extra: ClassVar[tuple[str, ...]] = ()
+    """Further fitted arrays, saved beside coefficients and intercept; `name_` holds each."""
     standardise: bool
 
     @abstractmethod
@@ -92,6 +103,42 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     @abstractmethod
     def said(self) -> str:
         """The estimator and its parameters in a few words, for a card."""
+
+    def space(self, x: Any) -> Design:
+        """Where the problems on checked rows `x` are solved."""
+        return Design.of(x, self.standardise)
+
+    def scores(self, design: Design, weights: Tensor) -> Tensor:
+        """Decision values `[n, k]` of solutions `weights` on the rows of their own design."""
+        return design.rows @ weights
+
+    def held_out(self, design: Design, weights: Tensor, x: Any) -> Tensor:
+        """Decision values `[rows, k]` of solutions on other rows `x`, as activations."""
+        coefficients, intercepts = design.raw(weights)
+        return x @ coefficients.T + intercepts
+
+    def one_each(self, x: Any) -> Tensor:
+        """One vector for each label `[n, d]`, for the controls that know nothing of the estimator."""
+        return x
+
+    def settle(self, classes: np.ndarray, design: Design, solution: Solution) -> Self:
+        """Takes the first of the solutions as the fitted probe."""
+        coefficients, intercepts = design.raw(solution.weights[:, :1])
+        return self.adopt(
+            classes, coefficients.cpu().numpy(), intercepts.cpu().numpy(), int(solution.steps[0])
+        )
+
+    def source(
+        self, acts: Activations | Mapping[str, Any], target: Any, groups: Any, texts: Any, rows: Any
+    ) -> Source:
+        """What a sweep fits on: one entry per vector, or per whatever else one label belongs to."""
+        from veridical.probes.data import read_source
+
+        return read_source(acts, target, groups, texts, rows)
+
+    def notes(self, source: Source, task: Task) -> tuple[str, ...]:
+        """What a reader should know of the data before believing the figures of this estimator."""
+        return ()
 
     def fit(self, X: Any, y: Any, groups: Any = None, **columns: Any) -> Self:
         """Fits on activations `[rows, d]` (array or tensor) and labels `[rows]` of two classes.
@@ -106,7 +153,7 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         for name in columns:
             if name not in self.columns:
                 raise TypeError(f"{type(self).__name__}.fit() got an unexpected keyword argument {name!r}")
-        X, y = validate_data(self, as_array(X), as_labels(y), dtype=np.float64, ensure_min_samples=2)
+        x, y = self._fitted_on(X, y)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
@@ -116,26 +163,29 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
             )
         if len(classes) < 2:
             raise DataError(f"the labels have one class only ({classes[0]!r}); a probe needs two classes")
-        design = Design.of(torch.from_numpy(np.require(X, requirements="W")), self.standardise)
+        design = self.space(x)
         problems = Problems(
             targets=torch.from_numpy(codes.astype(np.float64))[:, None],
-            weights=torch.ones(len(X), 1, dtype=torch.float64),
+            weights=torch.ones(len(y), 1, dtype=torch.float64),
             strengths=torch.tensor([getattr(self, "C", 1.0)], dtype=torch.float64),
-            groups=None if groups is None else group_codes(groups, len(X)),
+            groups=None if groups is None else group_codes(groups, len(y)),
             columns={name: np.asarray(as_labels(values)) for name, values in columns.items()},
         )
         solution = self.solve(design, problems)
         if not bool(solution.converged.all()):
             message = f"the probe did not converge in {int(solution.steps[0])} steps; raise max_iter"
             warnings.warn(message, ConvergenceWarning, stacklevel=2)
-        coefficients, intercepts = design.raw(solution.weights)
-        return self.adopt(classes, coefficients.numpy(), intercepts.numpy(), int(solution.steps[0]))
+        return self.settle(classes, design, solution)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Log-odds of the positive class, `[rows]`, for activations `[rows, d]`."""
         check_is_fitted(self)
         X = validate_data(self, as_array(X), dtype=np.float64, reset=False)
         return X @ self.coef_[0] + self.intercept_[0]
+
+    def token_scores(self, X: Any) -> np.ndarray:
+        """Log-odds of each token of a text, `[tokens]`, for its vectors `[tokens, d]`."""
+        return self.decision_function(X)
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the two classes, `[rows, 2]`; the second column is the positive class."""
@@ -169,6 +219,12 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
         return save_probe(self, folder)
 
+    def monitor(self, model: HookedModel, **options: Any) -> AbstractContextManager[Scores]:
+        """Scores every token that `model` reads in the context; see `veridical.probes.monitor`."""
+        from veridical.probes.monitor import monitor
+
+        return monitor(self, model, **options)
+
     def adopt(
         self, classes: np.ndarray, coefficients: np.ndarray, intercepts: np.ndarray, steps: int
     ) -> Self:
@@ -181,10 +237,36 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         self.origin_ = Origin()
         return self
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every fitted array by name, as they are saved."""
+        extra = {name: np.ascontiguousarray(getattr(self, f"{name}_")) for name in self.extra}
+        return {"coef": self.coef_, "intercept": self.intercept_, **extra}
+
+    def parameters(self) -> dict[str, Any]:
+        """The estimator's parameters as plain JSON values; `made` is the reverse."""
+        return self.get_params()
+
+    @classmethod
+    def made(cls, parameters: Mapping[str, Any]) -> Self:
+        """An unfitted estimator from what `parameters` gave."""
+        return cls(**parameters)
+
+    def restore(self, classes: np.ndarray, arrays: Mapping[str, np.ndarray], steps: int) -> Self:
+        """The reverse of `arrays`."""
+        self.adopt(classes, arrays["coef"], arrays["intercept"], steps)
+        for name in self.extra:
+            setattr(self, f"{name}_", arrays[name])
+        return self
+
     def at(self, strength: float) -> Self:
         """An unfitted copy, with `strength` as its C where it has one."""
-        parameters = self.get_params()
+        parameters = self.get_params(deep=False)
         return type(self)(**{**parameters, "C": strength} if self.tuned else parameters)
+
+    def _fitted_on(self, X: Any, y: Any) -> tuple[Any, np.ndarray]:
+        """Checked rows for `space`, and labels."""
+        X, y = validate_data(self, as_array(X), as_labels(y), dtype=np.float64, ensure_min_samples=2)
+        return torch.from_numpy(np.require(X, requirements="W")), y
 
     def _check(self) -> None:
         """Refuses parameters that make no sense."""

@@ -13,7 +13,7 @@ USE = """```python
 import veridical as vd
 
 probe = vd.load_probe("this folder")
-probe.predict_proba(x)   # x: activations [rows, {width}]{read}
+probe.predict_proba(x)   # x: {reads}{read}
 ```"""
 LIMITS = (
     "A probe shows that a label can be read from the activations, not that the model uses it: ablate or "
@@ -52,7 +52,8 @@ def card(probe: LinearProbe) -> str:
         facts.append(
             ("calibrated probability (Platt)", f"sigmoid({slope:.4g} * decision value + {shift:.4g})")
         )
-    parts = [f"# {title}", _table(("", ""), facts), USE.format(width=probe.n_features_in_, read=read)]
+    use = USE.format(reads=probe.reads.format(width=probe.n_features_in_), read=read)
+    parts = [f"# {title}", _table(("", ""), facts), use]
     if origin.metrics:
         parts += ["## Figures on held-out pairs", _table(("figure", "value"), _figures(origin))]
     parts += ["## Limits", "\n".join(f"- {line}" for line in (*origin.notes, *LIMITS))]

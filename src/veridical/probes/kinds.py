@@ -10,7 +10,21 @@ from veridical.errors import unknown
 if TYPE_CHECKING:
     from veridical.probes.base import LinearProbe
 
-KINDS = {"logistic": "LogisticProbe"}
+KINDS = {
+    "logistic": "LogisticProbe",
+    "ridge": "RidgeProbe",
+    "mass_mean": "MassMeanProbe",
+    "lda": "LDAProbe",
+    "lat": "LATProbe",
+    "ccs": "CCSProbe",
+    "ttpd": "TTPDProbe",
+    "stacked": "StackedProbe",
+    "mean_tokens": "MeanTokenProbe",
+    "max_tokens": "MaxTokenProbe",
+    "rolling": "RollingProbe",
+    "attention": "AttentionProbe",
+    "mil": "MILProbe",
+}
 """Module of `veridical.probes` and class of each estimator; a new estimator is one more line."""
 
 

@@ -50,7 +50,7 @@ def save_probe(probe: LinearProbe, folder: str | Path) -> Path:
     folder = Path(folder)
     origin = probe.origin_
     parts = {
-        WEIGHTS: save_tensors({"coef": probe.coef_, "intercept": probe.intercept_}),
+        WEIGHTS: save_tensors(probe.arrays()),
         METRICS: canonical({"metrics": dict(origin.metrics), "rows": dict(origin.rows)}),
         PROVENANCE: canonical(
             provenance(
@@ -64,7 +64,7 @@ def save_probe(probe: LinearProbe, folder: str | Path) -> Path:
     config: dict[str, Any] = {
         "format": FORMAT,
         "kind": probe.name,
-        "parameters": probe.get_params(),
+        "parameters": probe.parameters(),
         "classes": probe.classes_.tolist(),
         "classes_dtype": probe.classes_.dtype.str,
         "n_features": probe.n_features_in_,
@@ -95,8 +95,8 @@ def load_probe(folder: str | Path) -> LinearProbe:
     except SafetensorError as error:
         raise DamagedFileError(f"{folder / WEIGHTS} is not readable safetensors ({error})") from error
     classes = np.array(config["classes"], dtype=np.dtype(config["classes_dtype"]))
-    probe = made(**config["parameters"])
-    probe.adopt(classes, tensors["coef"], tensors["intercept"], config["n_iter"])
+    probe = made.made(config["parameters"])
+    probe.restore(classes, tensors, config["n_iter"])
     probe.origin_ = Origin.from_dict(config["origin"])
     return probe
 

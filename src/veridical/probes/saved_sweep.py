@@ -91,8 +91,7 @@ def _tensors(sweep: ProbeSweep) -> dict[str, np.ndarray]:
     if sweep.labels is not None:
         tensors |= {f"labels.{name}": values for name, values in vars(sweep.labels).items()}
     for number, result in enumerate(sweep.results):
-        tensors[f"{number}.coef"] = result.probe.coef_
-        tensors[f"{number}.intercept"] = result.probe.intercept_
+        tensors |= {f"{number}.{name}": array for name, array in result.probe.arrays().items()}
         tensors[f"{number}.control"] = np.asarray(result.control, dtype=np.float64)
         for name in ("random", "out_of_fold", "test_scores"):
             tensors[f"{number}.{name}"] = np.asarray(getattr(result, name), dtype=np.float64)
@@ -110,7 +109,7 @@ def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
             {
                 "site": result.site,
                 "kind": result.probe.name,
-                "parameters": result.probe.get_params(),
+                "parameters": result.probe.parameters(),
                 "n_iter": int(result.probe.n_iter_[0]),
                 "converged": result.converged,
                 "fold_auroc": result.fold_auroc,
@@ -133,8 +132,9 @@ def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:
 def _site(
     saved: dict[str, Any], number: int, tensors: dict[str, np.ndarray], classes: np.ndarray
 ) -> SiteResult:
-    probe = kind(saved["kind"])(**saved["parameters"])
-    probe.adopt(classes, tensors[f"{number}.coef"], tensors[f"{number}.intercept"], saved["n_iter"])
+    probe = kind(saved["kind"]).made(saved["parameters"])
+    own = {name.removeprefix(f"{number}."): array for name, array in tensors.items()}
+    probe.restore(classes, own, saved["n_iter"])
     probe.origin_ = Origin.from_dict(saved["origin"])
     lead, selectivity = saved["lead_over_text"], saved["selectivity"]
     return SiteResult(

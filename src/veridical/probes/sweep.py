@@ -10,7 +10,7 @@ fold: the labels of a fold's held-out pairs are never seen, their spread is; the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.baseline import text_scores
 from veridical.probes.controls import random_directions
-from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows, read_source
+from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows
 from veridical.probes.firing import firing_rates
 from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
@@ -83,9 +83,9 @@ def fit_probes(
         options["target"] = target if isinstance(target, str) else TARGET
     config = configs.build(ProbeConfig, config, **options)
     check_config(config)
-    source = read_source(acts, target, groups, texts, rows)
-    task = choose_rows(source, config, config.where)
     estimator = as_estimator(probe)
+    source = estimator.source(acts, target, groups, texts, rows)
+    task = choose_rows(source, config, config.where)
     return run_sweep(source, task, config, estimator)
 
 
@@ -116,10 +116,7 @@ class _SiteFit:
     """
 
     fold_auroc: np.ndarray  # [1 + shuffles]
-    strength: float
-    coefficients: np.ndarray  # [d]
-    intercept: float
-    steps: int
+    probe: LinearProbe
     converged: bool
     out_of_fold: np.ndarray  # [fit]
     test_scores: np.ndarray  # [test, 1 + shuffles]
@@ -135,7 +132,8 @@ class _Sweep:
         self.source, self.task, self.config, self.probe = source, task, config, probe
         self.groups = source.groups[task.fit]
         self.pairs = group_codes(self.groups, len(self.groups))
-        self.columns = {name: source.column(getattr(probe, name))[task.fit] for name in probe.columns}
+        named = {name: getattr(probe, name) for name in probe.columns}
+        self.columns = {name: source.column(at)[task.fit] for name, at in named.items() if at is not None}
         self.folds = folds(self.groups, config.folds, config.seed, task.positive[task.fit])
         self.fit_labels = self._with_shuffles(task.fit, 2)
         self.test_labels = self._with_shuffles(task.test, 3)
@@ -152,9 +150,10 @@ class _Sweep:
                 progress.update(1)
         best = max(fits, key=lambda site: round(fits[site].fold_auroc[0], 9))
         results = tuple(self._result(site, fit, text) for site, fit in fits.items())
+        notes = self.probe.notes(self.source, self.task)
         return ProbeSweep.assemble(
             config=self.config,
-            source=self.source,
+            source=replace(self.source, notes=(*self.source.notes, *notes)),
             task=self.task,
             results=results,
             best_site=best,
@@ -179,29 +178,26 @@ class _Sweep:
 
     def _fit_site(self, site: str) -> _SiteFit:
         x = self.source.vectors(site, self.task.fit)
-        design = Design.of(x, self.probe.standardise)
+        design = self.probe.space(x)
         strengths = sorted(self.config.strengths) if self.probe.tuned else [1.0]
         by_fold, out_of_fold = self._validate(design, strengths)
         found = np.nanmean(by_fold, axis=1)  # [1 + shuffles, strengths]
         # The strongest penalty wins ties.
         chosen = np.argmax(np.round(found, 9), axis=1)
-        labels = torch.from_numpy(self.fit_labels.astype(np.float64)).to(x.device)
-        each = torch.tensor(strengths, dtype=torch.float64)[torch.from_numpy(chosen)].to(x.device)
+        labels = torch.from_numpy(self.fit_labels.astype(np.float64)).to(design.rows.device)
+        each = torch.tensor(strengths, dtype=torch.float64)[torch.from_numpy(chosen)].to(labels.device)
         final = self.probe.solve(design, self._problems(labels, torch.ones_like(labels), each))
-        coefficients, intercepts = design.raw(final.weights)
         held = self.source.vectors(site, self.task.test)
-        scores = held @ coefficients.T + intercepts
+        scores = self.probe.held_out(design, final.weights, held)
+        probe = self.probe.at(strengths[chosen[0]])
         return _SiteFit(
             fold_auroc=found[np.arange(len(chosen)), chosen],
-            strength=strengths[chosen[0]],
-            coefficients=coefficients[0].cpu().numpy(),
-            intercept=float(intercepts[0]),
-            steps=int(final.steps[0]),
+            probe=probe.settle(self.task.classes, design, final),
             converged=bool(final.converged[0]),
             out_of_fold=out_of_fold[:, chosen[0]],
             test_scores=evaluate.settled(scores.cpu().numpy()),
             random=random_directions(
-                x, self.fit_labels[:, 0], held, self._test_truth,
+                self.probe.one_each(x), self.fit_labels[:, 0], self.probe.one_each(held), self._test_truth,
                 standardise=self.probe.standardise, seed=self.config.seed,
             ),
         )  # fmt: skip
@@ -231,7 +227,9 @@ class _Sweep:
             each = torch.full((sets * count,), strength, dtype=torch.float64, device=device)
             problems = self._problems(labels, masks, each, start=weights, tol=SELECTION_TOL)
             weights = self.probe.solve(design, problems).weights
-            scores = evaluate.settled((design.rows @ weights).cpu().numpy()).reshape(n, sets, count)
+            scores = evaluate.settled(self.probe.scores(design, weights).cpu().numpy()).reshape(
+                n, sets, count
+            )
             for fold, (_, validation) in enumerate(self.folds):
                 part = scores[validation, :, fold]
                 found[:, fold, at] = evaluate.auroc(part, self.fit_labels[validation])
@@ -249,12 +247,10 @@ class _Sweep:
                 for s in range(1, self.test_labels.shape[1])
             ]
         )
-        probe = self.probe.at(fit.strength)
-        probe.adopt(self.task.classes, fit.coefficients, np.array([fit.intercept]), fit.steps)
         lead = None if text is None else evaluate.difference(scores, text[0], truth, self.weights)
         return SiteResult(
             site=site,
-            probe=probe,
+            probe=fit.probe,
             fold_auroc=float(fit.fold_auroc[0]),
             metrics=evaluate.measure(scores, truth, self.weights),
             control=control,
@@ -291,6 +287,6 @@ class _Sweep:
         truth = self.task.positive[self.task.fit]
 
         def scores(rows: np.ndarray) -> np.ndarray:
-            return self.source.vectors(site, rows).cpu().numpy() @ fit.coefficients + fit.intercept
+            return fit.probe.decision_function(self.source.vectors(site, rows))
 
         return firing_rates(self.source, self.task, self.config, fit.out_of_fold, truth, scores)

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from veridical.errors import DataError, InputError
+from veridical.errors import DataError
 from veridical.probes.card import number
+from veridical.probes.fits import place_for
 
 if TYPE_CHECKING:
     from veridical.models import HookedModel
@@ -139,6 +140,7 @@ def view_tokens(
     completion: str | None = None,
     *,
     site: str | None = None,
+    force: bool = False,
 ) -> TokenView:
     """Scores every token of a text with a probe.
 
@@ -148,22 +150,16 @@ def view_tokens(
         text: A text or chat messages.
         completion: What follows it, such as the model's answer.
         site: Where to read; the probe's own site when not given.
+        force: Accept another model or site than the probe was fitted on; the view then says so.
 
     Raises:
-        InputError: The probe has no site, or another width than the model has there.
+        MismatchError: The probe was fitted on another model or site, or has another width.
+        InputError: Neither the probe nor the caller names a site.
         DataError: A text that cannot be encoded; the message says why.
     """
-    place = site or probe.site
-    if place is None:
-        raise InputError("this probe does not say which site it reads; give site=...")
-    name = model.resolve(place)[0].name
+    name = place_for(model, probe, site, force=force)
     encoded = model.encode([text], [completion] if completion is not None else None)[0]
     activations = _read(model, encoded, name)
-    if activations.shape[1] != probe.n_features_in_:
-        raise InputError(
-            f"the probe reads {probe.n_features_in_} features; {model.path} has {activations.shape[1]} at "
-            f"{name}"
-        )
     decision = probe.decision_function(activations)
     target = probe.origin_.target or "the positive class"
     return TokenView(

@@ -1,0 +1,600 @@
+"""Probes over token sequences: planted signals, gradients, lengths, running scores, saving, sweeps."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import cross_val_score
+from sklearn.utils.estimator_checks import check_estimator
+
+import veridical as vd
+from veridical.errors import DataError, NonFiniteError
+from veridical.probes.attention import AttentionProbe
+from veridical.probes.base import Problems
+from veridical.probes.kinds import KINDS, kind
+from veridical.probes.lbfgs import minimise
+from veridical.probes.logistic import LogisticProbe
+from veridical.probes.max_tokens import MaxTokenProbe
+from veridical.probes.mean_tokens import MeanTokenProbe
+from veridical.probes.mil import MILProbe
+from veridical.probes.packed import Layout, expected_maximum, expected_rolling_maximum
+from veridical.probes.pooled import Fits
+from veridical.probes.rolling import RollingProbe
+from veridical.probes.sequence import Sequences
+
+torch.set_num_threads(1)
+
+POOLED = [MaxTokenProbe, RollingProbe, AttentionProbe, lambda **o: AttentionProbe(heads=3, **o), MILProbe]
+NAMES = ["max", "rolling", "attention", "attention3", "mil"]
+ALL = [MeanTokenProbe, *POOLED]
+pooled = pytest.mark.parametrize("make", POOLED, ids=NAMES)
+every = pytest.mark.parametrize("make", ALL, ids=["mean", *NAMES])
+
+
+def sequences(kind="noise", n=400, width=12, shift=3.0, low=4, high=25, longer=0, seed=0):
+    """Token sequences of two classes and where the signal is.
+
+    Args:
+        kind: "one" token of each positive sequence, a "run" of five, "spread" over all tokens of both
+            classes, a "trend" over positions that is the same for both classes, or "noise".
+        longer: Tokens by which positive sequences are longer.
+    """
+    random = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    direction = random.normal(size=width)
+    direction /= np.linalg.norm(direction)
+    made = []
+    for label in labels:
+        x = random.normal(size=(random.integers(low, high + 1) + longer * label, width))
+        if kind == "one" and label:
+            x[random.integers(len(x))] += shift * direction
+        if kind == "run" and label:
+            first = random.integers(max(1, len(x) - 4))
+            x[first : first + 5] += shift * direction
+        if kind == "spread":
+            x += shift * (label - 0.5) * direction
+        if kind == "trend":
+            x[:, 0] += 5.0 / np.arange(1, len(x) + 1)
+        made.append(x)
+    return made, labels, direction
+
+
+def score(probe, x, y, fitted=400):
+    probe.fit(x[:fitted], y[:fitted])
+    return roc_auc_score(y[fitted:], probe.decision_function(x[fitted:]))
+
+
+# What is found
+
+
+def test_a_signal_in_one_token_is_found_by_all_but_the_mean():
+    x, y, direction = sequences("one", n=1200, shift=4.0)
+    found = {name: score(make(C=0.01), x, y) for name, make in zip(["mean", *NAMES], ALL)}
+    assert found["mean"] < 0.8
+    for name in ("max", "attention", "attention3", "mil"):
+        assert found[name] > 0.93, found
+        assert found[name] > found["mean"] + 0.15, found
+    assert MaxTokenProbe(C=0.01).fit(x, y).direction_ @ direction > 0.97
+    assert MILProbe(C=0.01).fit(x, y).direction_ @ direction > 0.97
+
+
+def test_a_signal_over_all_tokens_is_found_by_the_mean():
+    x, y, direction = sequences("spread", n=1200, shift=0.5)
+    found = {name: score(make(C=0.01), x, y) for name, make in zip(["mean", *NAMES], ALL)}
+    assert found["mean"] > 0.85
+    assert found["mean"] > found["max"] + 0.1, found
+    assert abs(found["mean"] - found["attention"]) < 0.03, found
+    assert MeanTokenProbe(C=0.01).fit(x, y).direction_ @ direction > 0.9
+
+
+def test_a_signal_in_a_run_of_tokens_is_found_best_by_the_rolling_mean():
+    x, y, _ = sequences("run", n=1200, shift=1.5)
+    found = {name: score(make(C=0.01), x, y) for name, make in zip(["mean", *NAMES], ALL)}
+    assert found["rolling"] == max(found.values()), found
+    assert found["rolling"] > 0.93
+
+
+def test_token_scores_point_at_the_planted_token():
+    x, y, direction = sequences("one", shift=6.0)
+    for probe in (MaxTokenProbe(C=0.01), AttentionProbe(C=0.01), MILProbe(C=0.01)):
+        probe.fit(x, y)
+        hits = [
+            np.argmax(probe.token_scores(t)) == np.argmax(t @ direction) for t, label in zip(x, y) if label
+        ]
+        assert np.mean(hits) > 0.95
+    attention = AttentionProbe(C=0.01).fit(x, y).attention(x[1])
+    assert attention.shape == (1, len(x[1]))
+    assert attention.sum() == pytest.approx(1)
+
+
+# What must not be found
+
+
+@every
+def test_noise_is_noise_whatever_the_lengths(make):
+    """Positive sequences are 12 tokens longer: length alone has AUROC of about 0.9."""
+    found = []
+    for seed in range(4):
+        x, y, _ = sequences(n=1600, longer=12, seed=seed)
+        found.append(score(make(C=0.01), x, y))
+    assert roc_auc_score(y, [len(t) for t in x]) > 0.85
+    assert abs(np.mean(found) - 0.5) < 0.05, found
+
+
+@pytest.mark.parametrize(("make", "least"), [(MaxTokenProbe, 0.6), (MILProbe, 0.8)])
+def test_without_the_adjustment_length_leaks(make, least):
+    x, y, _ = sequences(n=1600, longer=12)
+    assert score(make(C=0.01, adjust_length=False), x, y) > least
+
+
+@every
+def test_a_trend_over_positions_is_not_the_label(make):
+    x, y, _ = sequences("trend", n=1600)
+    assert abs(score(make(C=0.01), x, y) - 0.5) < 0.06
+
+
+def test_expected_maxima_are_those_of_draws():
+    draws = np.random.default_rng(1).normal(size=(40_000, 40))
+    for length in (1, 2, 5, 20, 40):
+        wanted = draws[:, :length].max(1).mean()
+        assert expected_maximum(torch.tensor([length])).item() == pytest.approx(wanted, abs=0.04)
+        windows = np.lib.stride_tricks.sliding_window_view(draws[:, :length], min(4, length), axis=1)
+        wanted = windows.mean(2).max(1).mean() if length > 4 else 0
+        assert expected_rolling_maximum(torch.tensor([length]), 4).item() == pytest.approx(wanted, abs=0.03)
+
+
+# The pooling, against an obvious loop
+
+
+def reference(probe, x):
+    """Log-odds of one sequence, one token at a time."""
+    if isinstance(probe, AttentionProbe):
+        total = probe.offsets_[probe.heads :].sum()
+        for query, value in zip(probe.queries_, probe.values_):
+            weights = np.exp(x @ query - (x @ query).max())
+            total += weights @ (x @ value) / weights.sum()
+        raw = total
+    else:
+        z = x @ probe.coef_[0] + probe.intercept_[0]
+        if isinstance(probe, MeanTokenProbe):
+            return z.mean()
+        if isinstance(probe, MaxTokenProbe):
+            raw = z.max()
+        elif isinstance(probe, RollingProbe):
+            size = min(probe.window, len(z))
+            raw = max(z[at : at + size].mean() for at in range(len(z) - size + 1))
+        else:
+            missing = np.prod(1 - 1 / (1 + np.exp(-z)))
+            raw = np.log((1 - missing) / missing)
+    return raw - (float(probe.drift(torch.tensor([len(x)]))) if probe.adjust_length else 0.0)
+
+
+@every
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_scores_are_those_of_a_plain_loop(make, adjusted):
+    x, y, _ = sequences("one", n=60, width=5)
+    options = {} if make is MeanTokenProbe else {"adjust_length": adjusted}
+    probe = make(C=0.1, **options).fit(x, y)
+    wanted = [reference(probe, t) for t in x]
+    np.testing.assert_allclose(probe.decision_function(x), wanted, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(probe.predict_proba(x)[:, 1], 1 / (1 + np.exp(-np.array(wanted))))
+    assert (probe.predict(x) == (np.array(wanted) > 0)).all()
+
+
+@every
+def test_running_scores_are_those_of_the_tokens_so_far(make):
+    x, y, _ = sequences("one", n=80, width=5, low=8, high=12)
+    probe = make(C=0.1).fit(x, y)
+    coefficients, intercepts = probe.readers()
+    both, state = np.stack([x[0][:8], x[1][:8]]), probe.running()
+    for length in range(1, 9):
+        readings = both[:, length - 1] @ coefficients.T + intercepts
+        found = state.update(torch.from_numpy(readings))
+        wanted = probe.decision_function(both[:, :length])
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-8, atol=1e-9)
+    assert state.count == 8
+
+
+@every
+def test_token_scores_are_those_of_sequences_of_one_token(make):
+    x, y, _ = sequences("one", n=80, width=5)
+    probe = make(C=0.1).fit(x, y)
+    alone = probe.decision_function([t[None] for t in x[3]])
+    np.testing.assert_allclose(probe.token_scores(x[3]), alone)
+    # Up to the adjustment for length, which is a constant for single tokens, this is the linear reading.
+    linear = x[3] @ probe.coef_[0] + probe.intercept_[0]
+    assert np.ptp(alone - linear) < 1e-9
+    assert np.linalg.norm(probe.direction_) == pytest.approx(1)
+
+
+@every
+def test_padding_never_enters_and_the_company_of_a_sequence_does_not_matter(make):
+    x, y, _ = sequences("one", n=80, width=5)
+    probe = make(C=0.1).fit(x, y)
+    alone = np.concatenate([probe.decision_function([t]) for t in x])
+    np.testing.assert_allclose(probe.decision_function(x), alone, rtol=1e-9, atol=1e-9)
+    last = probe.decision_function(x[::-1])[::-1]
+    np.testing.assert_allclose(probe.decision_function(x), last, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [ALL[i] for i in (0, 1, 3, 5)], ids=["mean", "max", "attention", "mil"])
+def test_the_order_of_tokens_does_not_matter(make):
+    x, y, _ = sequences("one", n=80, width=5)
+    random = np.random.default_rng(0)
+    mixed = [random.permutation(t) for t in x]
+    probe, other = make(C=0.1).fit(x, y), make(C=0.1).fit(mixed, y)
+    np.testing.assert_allclose(probe.decision_function(x), probe.decision_function(mixed), atol=1e-9)
+    np.testing.assert_allclose(probe.decision_function(x), other.decision_function(mixed), atol=1e-3)
+
+
+def test_a_window_of_one_is_the_maximum_and_a_wide_one_the_mean():
+    x, y, _ = sequences("one", n=100, width=5)
+    one = RollingProbe(C=0.1, window=1).fit(x, y)
+    top = MaxTokenProbe(C=0.1).fit(x, y)
+    bare = RollingProbe(C=0.1, window=1, adjust_length=False).fit(x, y)
+    np.testing.assert_allclose(
+        bare.decision_function(x),
+        MaxTokenProbe(C=0.1, adjust_length=False).fit(x, y).decision_function(x),
+        atol=1e-4,
+    )
+    assert one.direction_ @ top.direction_ > 0.99
+    wide = RollingProbe(C=0.1, window=100).fit(x, y)
+    z = [t @ wide.coef_[0] + wide.intercept_[0] for t in x]
+    np.testing.assert_allclose(wide.decision_function(x), [each.mean() for each in z])
+
+
+# The training
+
+
+@every
+def test_single_tokens_give_the_logistic_probe(planted, make):
+    data = planted(pairs=80)
+    x, y = data.acts["signal"], data.labels
+    plain = LogisticProbe(C=0.05).fit(x, y)
+    found = make(C=0.05).fit(x, y)
+    np.testing.assert_allclose(found.decision_function(x), plain.decision_function(x), atol=2e-3)
+    assert found.direction_ @ plain.direction_ > 0.99999
+
+
+def test_the_mean_is_logistic_regression_on_means():
+    x, y, _ = sequences("spread", n=100, shift=0.5)
+    means = np.stack([t.mean(0) for t in x])
+    probe = MeanTokenProbe(C=0.3, standardise=False).fit(x, y)
+    theirs = LogisticRegression(C=0.3, tol=1e-10, max_iter=10_000).fit(means, y)
+    np.testing.assert_allclose(probe.coef_, theirs.coef_, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(probe.decision_function(x), theirs.decision_function(means), rtol=1e-3)
+
+
+def fits_of(probe, n=30, k=3, seed=0):
+    """Problems with folds and mixed strengths, and random parameters."""
+    x, _, _ = sequences("one", n=n, width=4, low=1, high=9, seed=seed)
+    design = probe.space(Sequences.of(x))
+    made = torch.Generator().manual_seed(seed)
+    targets = (torch.rand(n, k, generator=made) > 0.5).double()
+    weights = (torch.rand(n, k, generator=made) > 0.3).double()
+    strengths = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)[:k]
+    fits = Fits.of(probe, design, Problems(targets, weights, strengths))
+    w = torch.randn(5 * probe.channels, k, generator=made, dtype=torch.float64)
+    return fits, w, x, targets, weights, strengths
+
+
+@pooled
+@pytest.mark.parametrize("adjusted", [True, False])
+def test_gradients_agree_with_finite_differences(make, adjusted):
+    fits, w, *_ = fits_of(make(adjust_length=adjusted))
+    _, kept = fits.value(fits.readings(w), w)
+    gradient = fits.gradient(kept, w)
+    step = 1e-6
+    for at in range(len(w)):
+        up, down = w.clone(), w.clone()
+        up[at] += step
+        down[at] -= step
+        slope = (fits.value(fits.readings(up), up)[0] - fits.value(fits.readings(down), down)[0]) / (2 * step)
+        torch.testing.assert_close(gradient[at], slope, rtol=1e-5, atol=1e-5)
+
+
+@pooled
+def test_the_objective_is_the_one_that_is_stated(make):
+    probe = make(adjust_length=False)
+    fits, w, x, targets, weights, strengths = fits_of(probe)
+    value, _ = fits.value(fits.readings(w), w)
+    shaped = w.reshape(5, probe.channels, -1)
+    padding = torch.cat([w, torch.zeros(2, 3)])
+    scores = probe.scores(fits.design, padding)[fits.design.layout.order]
+    margin = (2 * targets - 1) * scores
+    wanted = strengths * (weights * torch.log1p(torch.exp(-margin))).sum(0)
+    wanted = wanted + shaped[:-1].square().sum((0, 1)) / 2
+    torch.testing.assert_close(value, wanted)
+    assert len(x) == len(targets)
+
+
+@pooled
+def test_no_nearby_point_is_better_and_a_batch_equals_each_alone(make):
+    fits, w, *_ = fits_of(make(), n=60)
+    found, _, converged = minimise(fits, 0.1 * w, 1e-10, 2000)
+    assert bool(converged.all())
+    best, _ = fits.value(fits.readings(found), found)
+    made = torch.Generator().manual_seed(5)
+    for size in (1e-3, 1e-2):
+        for _ in range(20):
+            near = found + size * torch.randn(found.shape, generator=made, dtype=torch.float64)
+            assert bool((fits.value(fits.readings(near), near)[0] >= best - 1e-6 * best.abs()).all())
+    for column in range(3):
+        mask = torch.arange(3) == column
+        alone, _, _ = minimise(fits.pick(mask), 0.1 * w[:, mask], 1e-10, 2000)
+        value, _ = fits.pick(mask).value(fits.readings(alone), alone)
+        assert value.item() == pytest.approx(best[column].item(), rel=1e-3)
+
+
+@pooled
+def test_training_never_ends_above_its_start(make):
+    """The start is the mean probe; attention with one head can hold it exactly, so it can only be better."""
+    x, y, _ = sequences("one", n=100, width=5)
+    probe = make(C=1.0).fit(x, y)
+    margin = np.where(y == 1, 1, -1) * probe.decision_function(x)
+    assert np.logaddexp(0, -margin).mean() < np.log(2)
+    assert probe.n_iter_[0] > 1
+
+
+@every
+def test_the_same_data_gives_the_same_probe_to_the_last_bit(make):
+    x, y, _ = sequences("one", n=60, width=5)
+    first, second = make().fit(x, y), make().fit(x, y)
+    assert np.array_equal(first.coef_, second.coef_)
+    assert np.array_equal(first.decision_function(x), second.decision_function(x))
+
+
+@pooled
+@pytest.mark.filterwarnings("ignore:the probe did not converge")
+def test_separable_data_gives_finite_weights(make):
+    x, y, _ = sequences("spread", n=40, shift=200.0)
+    probe = make(C=1e6, max_iter=50).fit(x, y)
+    scores = probe.decision_function(x)
+    assert np.isfinite(probe.coef_).all()
+    assert np.isfinite(scores).all()
+    assert roc_auc_score(y, scores) == 1
+    far = probe.predict_log_proba([1e4 * t for t in x])
+    assert np.isfinite(far).all()
+
+
+@pooled
+def test_too_few_steps_are_said(make):
+    from sklearn.exceptions import ConvergenceWarning
+
+    x, y, _ = sequences("one", n=60, width=5)
+    with pytest.warns(ConvergenceWarning, match="raise max_iter"):
+        make(max_iter=1).fit(x, y)
+
+
+# Forms of data
+
+
+@every
+def test_all_forms_of_data_give_the_same(make):
+    x, y, _ = sequences("one", n=60, width=5, low=6, high=6)
+    cube = np.stack(x)
+    rows = np.repeat(np.arange(60) * 2 + 5, 6)
+    forms = [cube, torch.from_numpy(cube), [torch.from_numpy(t) for t in x], Sequences.of(x)]
+    forms.append(Sequences.of(np.concatenate(x), rows=rows))
+    probe = make(C=0.1).fit(x, y)
+    for form in forms:
+        assert np.array_equal(make(C=0.1).fit(form, y).coef_, probe.coef_)
+        assert np.array_equal(probe.decision_function(form), probe.decision_function(x))
+    low = [torch.from_numpy(t).to(torch.bfloat16) for t in x]
+    exact = [t.double().numpy() for t in low]
+    assert np.array_equal(probe.decision_function(low), probe.decision_function(exact))
+
+
+def test_sequences_can_be_picked():
+    x, _, _ = sequences(n=9, width=3)
+    made = Sequences.of(x)
+    assert len(made) == 9
+    assert np.array_equal(made[4].numpy(), x[4])
+    assert np.array_equal(made[-1].numpy(), x[-1])
+    some = made[[7, 2, 2]]
+    assert [np.array_equal(some[i].numpy(), x[j]) for i, j in enumerate((7, 2, 2))] == [True] * 3
+    np.testing.assert_allclose(made.means().numpy(), [t.mean(0) for t in x])
+    assert len(made[np.arange(9) > 5]) == 3
+    with pytest.raises(IndexError):
+        made[9]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_layout_holds_every_token_once(seed):
+    lengths = torch.from_numpy(np.random.default_rng(seed).integers(1, 8, 20))
+    layout = Layout.of(lengths)
+    assert sorted(layout.tokens.tolist()) == list(range(int(lengths.sum())))
+    owner = torch.repeat_interleave(torch.arange(20), lengths)
+    for position, first, last, count in layout.blocks():
+        assert last - first == count
+        tokens = layout.tokens[first:last]
+        assert torch.equal(owner[tokens], layout.order[:count])
+        begins = torch.cumsum(lengths, 0) - lengths
+        assert torch.equal(tokens - begins[owner[tokens]], torch.full((count,), position))
+
+
+def test_works_in_sklearn_tools():
+    x, y, _ = sequences("one", n=200, shift=4.0)
+    probe = clone(MaxTokenProbe(C=0.01))
+    assert cross_val_score(probe, x, y, scoring="roc_auc").mean() > 0.9
+    assert cross_val_score(probe, Sequences.of(x), y, scoring="roc_auc").mean() > 0.9
+
+
+@every
+@pytest.mark.filterwarnings("ignore")
+def test_sklearn_accepts_the_estimator(make):
+    """A plain matrix holds sequences of one token each, so scikit-learn's own checks apply."""
+    check_estimator(make())
+
+
+# Saving
+
+
+@every
+def test_a_saved_probe_gives_the_same_numbers(make, tmp_path):
+    x, y, _ = sequences("one", n=60, width=5)
+    probe = make(C=0.1).fit(x, np.array(["no", "yes"])[y])
+    loaded = vd.load_probe(probe.save(tmp_path / "p"))
+    assert type(loaded) is type(probe)
+    assert loaded.get_params() == probe.get_params()
+    assert np.array_equal(loaded.decision_function(x), probe.decision_function(x))
+    assert np.array_equal(loaded.token_scores(x[0]), probe.token_scores(x[0]))
+    assert loaded.predict(x).tolist() == probe.predict(x).tolist()
+    assert "one for each sequence" in (tmp_path / "p" / "README.md").read_text()
+
+
+def test_every_estimator_is_known_by_name():
+    for make in ALL:
+        probe = make()
+        assert kind(probe.name) is type(probe)
+        assert KINDS[probe.name] == type(probe).__name__
+
+
+# Sweeps
+
+QUICK = {"bootstrap": 50, "shuffles": 3, "text_baseline": False, "progress": False, "strengths": (0.001, 0.1)}
+
+
+def sweep_data(n=240, **options):
+    x, y, direction = sequences("one", n=n, width=6, shift=5.0, high=12, **options)
+    noise, _, _ = sequences("noise", n=n, width=6, high=12, seed=9)
+    noise = [np.random.default_rng(i).normal(size=t.shape) for i, t in enumerate(x)]
+    return {"noise": noise, "signal": x}, y, np.repeat(np.arange(n // 2), 2), direction
+
+
+@every
+def test_a_sweep_finds_the_site_and_reports_what_every_sweep_does(make):
+    acts, y, pairs, direction = sweep_data()
+    sweep = vd.fit_probes(acts, probe=make(), target=y, groups=pairs, **QUICK)
+    frame = sweep.to_frame().set_index("site")
+    assert sweep.best_site == "signal"
+    assert frame.loc["signal", "auroc"] > (0.75 if make is MeanTokenProbe else 0.9)
+    assert frame.loc["noise", "auroc_low"] < 0.6
+    assert sweep["signal"].metrics["auroc"].value > sweep.selected_control.mean() + 0.2
+    assert sweep.counts["fit_pairs"] + sweep.counts["test_pairs"] == 120
+    assert any("length alone has AUROC" in note for note in sweep.notes)
+    assert sweep.best().direction_ @ direction > 0.8
+    assert "AUROC" in repr(sweep)
+    sweep.figure()
+
+
+@every
+def test_a_probe_of_a_sweep_is_the_estimator_fitted_by_hand(make):
+    acts, y, pairs, _ = sweep_data()
+    split = np.where(pairs < 80, "train", "test")
+    sweep = vd.fit_probes(
+        acts, probe=make(), target="label", rows={"label": y, "pair": pairs, "split": split}, **QUICK
+    )
+    probe, result = sweep.best(), sweep["signal"]
+    fitted = [t for t, part in zip(acts["signal"], split) if part == "train"]
+    by_hand = type(probe)(**probe.get_params()).fit(fitted, y[split == "train"])
+    np.testing.assert_allclose(probe.coef_, by_hand.coef_, rtol=1e-4, atol=1e-6)
+    held = [t for t, part in zip(acts["signal"], split) if part == "test"]
+    wanted = roc_auc_score(y[split == "test"], by_hand.decision_function(held))
+    assert result.metrics["auroc"].value == pytest.approx(wanted, abs=1e-9)
+
+
+def test_a_sweep_loads_as_it_was_saved(tmp_path):
+    acts, y, pairs, _ = sweep_data()
+    sweep = vd.fit_probes(acts, probe=AttentionProbe(heads=2), target=y, groups=pairs, **QUICK)
+    sweep.save(tmp_path / "sweep")
+    loaded = type(sweep).load(tmp_path / "sweep")
+    for result, other in zip(sweep.results, loaded.results):
+        x = acts[result.site]
+        assert np.array_equal(result.probe.decision_function(x), other.probe.decision_function(x))
+    pd.testing.assert_frame_equal(sweep.to_frame(), loaded.to_frame())
+
+
+def test_a_sweep_gives_texts_firing_rates_and_says_when_there_are_no_pairs():
+    acts, y, pairs, _ = sweep_data()
+    told = np.ones(240, dtype=bool)
+    rows = {"lied": y == 1, "confused": np.zeros(240, dtype=bool), "refused_to_lie": y == 0}
+    rows |= {"instructed_to_lie": told, "pair": pairs}
+    texts = [f"text {i}" for i in range(240)]
+    options = {**QUICK, "text_baseline": True}
+    sweep = vd.fit_probes(acts, probe="max_tokens", target="lied", rows=rows, texts=texts, **options)
+    assert sweep.text is not None
+    firing = sweep.firing_frame().set_index("rows_of")
+    assert firing.loc["lied", "fires_balanced"] > 0.8
+    assert firing.loc["refused_to_lie", "fires_balanced"] < 0.3
+    assert firing.loc["lied", "rows"] == sweep.counts["test_positive"]
+    alone = vd.fit_probes(acts, probe="mean_tokens", target=y, **QUICK)
+    assert any("each sequence is its own pair" in note for note in alone.notes)
+
+
+def test_a_store_with_several_tokens_per_row_is_read_by_row(hooked):
+    model = hooked("llama")
+    random = np.random.default_rng(0)
+    words = ["the", "capital", "of", "France", "is", "Paris", "and", "Rome", "silver", "gold", "true"]
+    prompts = [" ".join(random.choice(words, random.integers(3, 9))) for _ in range(60)]
+    data = pd.DataFrame(
+        {
+            "pair": np.repeat(np.arange(30), 2),
+            "prompt": [f"{p}{' yes' if i % 2 else ' no'}" for i, p in enumerate(prompts)],
+            "label": np.tile([False, True], 30),
+        }
+    )
+    acts = vd.collect(model, vd.Pairs.from_pandas(data), sites="resid_post.0", tokens="all", progress=False)
+    assert len(acts) > 150
+    sweep = vd.fit_probes(acts, probe="max_tokens", **{**QUICK, "strengths": (0.1, 10.0)})
+    assert sweep.counts["fit_vectors"] + sweep.counts["test_vectors"] == 60
+    assert sweep[sweep.best_site].metrics["auroc"].value > 0.9
+    site = acts.sites[0]
+    sequences = Sequences.of(acts[site], rows=acts.index["row"])
+    scores = sweep.best().decision_function(sequences)
+    assert scores.shape == (60,)
+    row = acts.index["row"].to_numpy()
+    one = sweep.best().decision_function([acts[site][row == 17]])
+    assert scores[17] == pytest.approx(one[0])
+
+
+# Bad input
+
+
+def test_bad_data_is_refused_in_one_line():
+    x, y, _ = sequences(n=20, width=3)
+    probe = MaxTokenProbe().fit(x, y)
+    broken = [t.copy() for t in x]
+    broken[3][1, 0] = np.inf
+    wide = [*x[:-1], np.zeros((2, 4))]
+    bad = [
+        (lambda: MaxTokenProbe().fit(x, y[:-1]), r"y has shape \(19,\); expected one label for each of 20"),
+        (lambda: MaxTokenProbe().fit(x, None), "y is None"),
+        (lambda: MaxTokenProbe().fit(x, np.zeros(20)), "one class only"),
+        (lambda: MaxTokenProbe().fit(broken, y), "NaN or infinity, the first in sequence 3"),
+        (lambda: MaxTokenProbe().fit(wide, y), "sequence 19 has vectors of width 4; the first has 3"),
+        (lambda: MaxTokenProbe().fit([*x[:-1], np.zeros((0, 3))], y), "sequence 19 has no tokens"),
+        (lambda: MaxTokenProbe().fit([*x[:-1], np.zeros(3)], y), r"sequence 19 has shape \(3,\)"),
+        (lambda: probe.decision_function([np.zeros((2, 5))]), "5 features; the probe reads 3"),
+        (lambda: Sequences.of(np.zeros((4, 3)), rows=[0, 1, 0, 1]), "sequence 0 do not stand together"),
+        (lambda: Sequences.of(np.zeros((4, 3)), rows=[0, 1]), r"rows has shape \(2,\)"),
+        (lambda: Sequences.of(np.zeros(4)), r"sequences have shape \(4,\)"),
+        (lambda: MaxTokenProbe(C=0).fit(x, y), "C is 0"),
+        (lambda: MaxTokenProbe(tol=0).fit(x, y), "tol is 0"),
+        (lambda: MaxTokenProbe(max_iter=0).fit(x, y), "max_iter is 0"),
+        (lambda: RollingProbe(window=0).fit(x, y), "window is 0"),
+        (lambda: AttentionProbe(heads=0).fit(x, y), "heads is 0"),
+        (lambda: probe.scores(LogisticProbe().space(torch.eye(4)), torch.zeros(7, 1)), "not of sequences"),
+    ]
+    for call, said in bad:
+        with pytest.raises(DataError, match=said) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_bad_sweep_is_refused_in_one_line():
+    acts, y, pairs, _ = sweep_data(n=60)
+    with pytest.raises(DataError, match="dict of activations is empty"):
+        vd.fit_probes({}, probe="max_tokens", target=y)
+    with pytest.raises(DataError, match="sequences at signal have other lengths than those at noise"):
+        vd.fit_probes(
+            {**acts, "signal": [*acts["signal"][:-1], np.zeros((99, 6))]}, probe="mil", target=y, **QUICK
+        )
+    with pytest.raises(DataError, match="target has shape"):
+        vd.fit_probes(acts, probe="mil", target=y[:-1], groups=pairs, **QUICK)
+    acts["signal"][4][1, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="site signal"):
+        vd.fit_probes(acts, probe="mil", target=y, groups=pairs, **QUICK)
