@@ -33,6 +33,7 @@ from veridical.probes.baseline import TextScorer, cross_fit_texts
 from veridical.probes.calibration import fit_platt
 from veridical.probes.crossfit import Crossed, Nested, Plan, check_plan, cross_fit, fold_numbers
 from veridical.probes.data import Source, Where, as_conditions
+from veridical.probes.duplicates import without_copies
 from veridical.probes.firing import balanced_threshold, false_positive_threshold
 from veridical.probes.honesty_report import CHOSEN, HonestyReport
 from veridical.probes.honesty_rows import Rows, difficulty_parts, never_fitted, prompt_parts
@@ -86,7 +87,8 @@ def honesty_protocol(
                 f"{first.name} and {name} read different things (vectors, and sequences of tokens); give "
                 "estimators of one sort"
             )
-    return _Protocol(first.source(acts, None, groups, texts, rows), config, probes).run()
+    source = without_copies(first.source(acts, None, groups, texts, rows))
+    return _Protocol(source, config, probes).run()
 
 
 class _Protocol:
