@@ -36,14 +36,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVAL = """\
-A probe that was fitted before, on data it has not seen. AUROC is the chance that it scores a random positive \
-above a random negative: 0.5 is chance, 1 is perfect. It stands beside what the text alone gives away."""
+A probe that was fitted before, on data it has not seen. AUROC is the chance that it scores a random \
+positive above a random negative: 0.5 is chance, 1 is perfect. It stands beside what the text alone gives \
+away."""
 TRANSFER = """\
 A probe that holds on its own data and nowhere else has read the data set. Rows are what a probe was fitted \
 on, columns what it was tested on."""
 MONITOR = """\
-A probe that runs while the model reads and answers. Its score at a token is the log-odds of its label there; \
-the threshold was set when it was fitted, on data like those: on other prompts, measure again."""
+A probe that runs while the model reads and answers. Its score at a token is the log-odds of its label \
+there; the threshold was set when it was fitted, on data like those: on other prompts, measure again."""
 
 
 def evaluate(options: ProbeEvalVerb) -> Path:
@@ -129,12 +130,12 @@ def monitor(options: ProbeMonitorVerb) -> Path:
     with step("model"):
         model = load_model(options)
     prompts = _prompts(model, options)
-    with step(f"generating, {len(prompts)} prompts"):
-        with probe.monitor(model, threshold=_threshold(options.threshold), force=options.force) as scores:
-            answers: list[str] = []
-            for start in range(0, len(prompts), options.batch):
-                chosen = prompts[start : start + options.batch]
-                answers += model.generate(chosen, max_new_tokens=options.max_new_tokens)
+    answers: list[str] = []
+    watching = probe.monitor(model, threshold=_threshold(options.threshold), force=options.force)
+    with step(f"generating, {len(prompts)} prompts"), watching as scores:
+        for start in range(0, len(prompts), options.batch):
+            chosen = prompts[start : start + options.batch]
+            answers += model.generate(chosen, max_new_tokens=options.max_new_tokens)
     rows = scores.rows()
     rows["answer"] = answers
     scores.to_frame().to_csv(_made(out) / "tokens.csv", index=False)
@@ -192,8 +193,8 @@ def _monitored(scores: Scores, rows: Any, options: ProbeMonitorVerb) -> Section:
 
     shown = rows.head(options.show)
     views = [
-        f"<h3>{escape(line['answer'])}</h3>{scores.view(int(line['row']), int(line['call'])).to_html()}"
-        for line in shown.to_dict("records")
+        f"<h3>{escape(answer)}</h3>{scores.view(row, call).to_html()}"
+        for answer, row, call in zip(*(shown[name].tolist() for name in ("answer", "row", "call")))
     ]
     fired = int(rows["fired"].sum())
     return Section(

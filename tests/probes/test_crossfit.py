@@ -21,7 +21,7 @@ def setting(planted):
     random = np.random.default_rng(1)
     fit, positive = random.random(120) < 0.75, data.labels == 1
     fold_of = fold_numbers(data.pairs, 4, 0, positive)
-    return data, source, Plan(fit, positive, fit & (random.random(120) < 0.9), fold_of, STRENGTHS)
+    return data, source, Plan(fit, positive, fit & (random.random(120) < 0.9), fold_of, 4, STRENGTHS)
 
 
 def by_hand(x, plan, out, strength):
@@ -66,7 +66,7 @@ def test_a_fold_sees_nothing_of_its_labels_and_rows_left_out_change_nothing(sett
     labels = plan.positive.copy()
     labels[plan.fold_of == 2] = ~labels[plan.fold_of == 2]
     other = cross_fit(
-        source, "signal", Plan(plan.fit, labels, plan.judged, plan.fold_of, STRENGTHS), LogisticProbe()
+        source, "signal", Plan(plan.fit, labels, plan.judged, plan.fold_of, 4, STRENGTHS), LogisticProbe()
     )
     here = plan.fold_of == 2
     np.testing.assert_allclose(other.scores[here], found.scores[here], rtol=1e-9)

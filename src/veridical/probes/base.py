@@ -92,6 +92,8 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     """Parameters that name a label column which the estimator reads beside the label."""
     reads: ClassVar[str] = "activations [rows, {width}]"
     """What `predict_proba` takes, for a card."""
+    reads_vectors: ClassVar[bool] = True
+    """Whether it reads one vector for each label; False for those that read sequences of tokens."""
     extra: ClassVar[tuple[str, ...]] = ()
     """Further fitted arrays, saved beside coefficients and intercept; `name_` holds each."""
     standardise: bool
@@ -135,6 +137,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
         from veridical.probes.data import read_source
 
         return read_source(acts, target, groups, texts, rows)
+
+    def beside(self, source: Source, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns that it reads beside the label, at `rows`; those whose name is None are left out."""
+        named = {name: getattr(self, name) for name in self.columns}
+        return {name: source.column(at)[rows] for name, at in named.items() if at is not None}
 
     def notes(self, source: Source, task: Task) -> tuple[str, ...]:
         """What a reader should know of the data before believing the figures of this estimator."""

@@ -17,6 +17,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
+from veridical.errors import DataError
 from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.data import Source
@@ -37,6 +38,7 @@ class Plan:
         positive: `[n]` bool, the label; meaningful on `fit` and `judged`.
         judged: `[n]` bool, vectors on whose AUROC strength and site are chosen.
         fold_of: `[n]`, fold of each vector's pair.
+        folds: How many folds there are.
         strengths: Values of C that are tried.
     """
 
@@ -44,12 +46,8 @@ class Plan:
     positive: np.ndarray
     judged: np.ndarray
     fold_of: np.ndarray
+    folds: int
     strengths: tuple[float, ...]
-
-    @property
-    def folds(self) -> int:
-        """How many folds there are."""
-        return int(self.fold_of.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,30 @@ def fold_numbers(groups: np.ndarray, folds: int, seed: int, strata: np.ndarray) 
     return number
 
 
+def check_plan(name: str, plan: Plan, groups: np.ndarray) -> None:
+    """Refuses a plan that leaves too few pairs, or one class, where some folds are left out."""
+    pairs = len(np.unique(groups[plan.fit]))
+    if pairs < plan.folds:
+        raise DataError(
+            f"{pairs} pairs are left to fit {name} on {plan.folds} folds; give more pairs, or ask "
+            "for fewer folds"
+        )
+    for k in range(plan.folds):
+        for j in range(plan.folds):
+            labels = plan.positive[plan.fit & (plan.fold_of != k) & (plan.fold_of != j)]
+            if not len(labels) or labels.all() or not labels.any():
+                raise DataError(
+                    f"{name} has one class only without folds {k + 1} and {j + 1} of {plan.folds}; "
+                    "give more pairs, or ask for fewer folds"
+                )
+
+
 def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Crossed:
     """Fits `probe` at one site for every fold and pair of folds left out, and for all pairs."""
+    if not probe.reads_vectors:
+        raise DataError(
+            f"{probe.name} reads sequences of tokens; cross-fitting takes an estimator of one vector"
+        )
     rows = np.flatnonzero(plan.fit)
     design = Design.of(source.vectors(site, rows), probe.standardise)
     every = source.vectors(site, np.arange(len(source)))
@@ -136,7 +156,7 @@ def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Cros
     masks = np.stack([~np.isin(plan.fold_of[rows], out) for out in left_out], 1).astype(np.float64)
     strengths = sorted(plan.strengths) if probe.tuned else [1.0]
     groups = group_codes(source.groups[rows], len(rows)).to(design.rows.device)
-    columns = {name: source.column(getattr(probe, name))[rows] for name in probe.columns}
+    columns = probe.beside(source, rows)
     truth = torch.from_numpy(plan.positive[rows].astype(np.float64)).to(design.rows)[:, None]
 
     def solved(which: list[int], c: np.ndarray, start: torch.Tensor | None, tol: float | None):

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 import yaml
 
-from veridical.errors import DataError, NonFiniteError, unknown
+from veridical.errors import DataError, InputError, NonFiniteError, unknown
 from veridical.probes.texts import read_texts
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def choose_rows(source: Source, config: ProbeConfig, where: Sequence[str]) -> Ta
     used = np.flatnonzero(kept)
     if not len(used):
         raise DataError(f"no row has a value of {config.target}: there is nothing to fit")
-    classes, codes = _two_classes(labels[used], config.target, where)
+    classes, codes = two_classes(labels[used], config.target, where)
     positive = np.zeros(len(source), dtype=bool)
     positive[used] = codes == 1
     is_test, said = _hold_out(source, used, positive, config)
@@ -172,6 +172,21 @@ def as_conditions(where: Where | None) -> tuple[str, ...]:
     if isinstance(where, Mapping):
         return tuple(f"{name}={value}" for name, value in where.items())
     return tuple(where)
+
+
+def site_name(site: str, sites: Sequence[str]) -> str:
+    """The one of `sites` that is meant, in its own words or in short form; an unknown one is an error."""
+    from veridical.sites import Site
+
+    if site in sites:
+        return site
+    try:
+        name = Site.parse(site).name
+    except InputError:
+        name = site
+    if name not in sites:
+        raise unknown("site", site, sites)
+    return name
 
 
 def meets(source: Source, conditions: Sequence[str]) -> np.ndarray:
@@ -216,7 +231,10 @@ def _from_arrays(acts: Mapping[str, Any], groups: Any, texts: Any, rows: Any) ->
         raise DataError("the activations are empty: there is nothing to fit")
     table = {} if rows is None else {str(k): as_column(v, str(k), length) for k, v in dict(rows).items()}
     pair = table.get("pair", np.arange(length)) if groups is None else as_column(groups, "groups", length)
-    read = None if texts is None else as_column(np.array(list(texts), dtype=object), "texts", length)
+    if texts is None:
+        read, _ = read_texts(table, None)
+    else:
+        read = as_column(np.array(list(texts), dtype=object), "texts", length)
     notes = (
         () if groups is not None or "pair" in table else ("No pairs were given: each row is its own pair.",)
     )
@@ -261,7 +279,8 @@ def _tensor(x: Any, site: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _two_classes(labels: np.ndarray, target: str, where: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def two_classes(labels: np.ndarray, target: str, where: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The two classes, and which of them each label is, `[n]` 0 or 1; any other number is refused."""
     plain = np.array([value.item() if isinstance(value, np.generic) else value for value in labels.tolist()])
     classes, codes = np.unique(plain, return_inverse=True)
     within = f" where {' and '.join(where)}" if where else ""

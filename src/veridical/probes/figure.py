@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from veridical.probes.calibration import Calibration
     from veridical.probes.honesty_report import HonestyReport
     from veridical.probes.result import ProbeSweep, SiteResult
+    from veridical.probes.transfer import TransferMatrix
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.(?:attn\.|mlp\.)?hook_(\w+)$")
 _SHORT = re.compile(r"(\w+)\.(\d+)$")
@@ -206,4 +207,49 @@ def honesty_by_site(report: HonestyReport) -> go.Figure:
         "layer" if layers else "site",
         "AUROC",
         y_range=(0, 1.02),
+    )
+
+
+def heat_map(transfer: TransferMatrix) -> go.Figure:
+    """AUROC by training set (rows) and test set (columns), written in each cell with its interval."""
+    import plotly.graph_objects as go
+
+    names = [figures.plain(name, 28) for name in transfer.names]
+    cells = {(line["trained_on"], line["tested_on"]): line for line in transfer.table.to_dict("records")}
+    grid = [[cells[a, b] for b in transfer.names] for a in transfer.names]
+    short = [[f"{cell['auroc']:.2f}" for cell in row] for row in grid]
+    hover = [
+        [
+            f"{cell['auroc']:.3f} [{cell['auroc_low']:.3f}, {cell['auroc_high']:.3f}]<br>{cell['rows']} "
+            f"rows of {cell['pairs']} pairs"
+            + (f"<br>text alone {cell['text_auroc']:.3f}" if "text_auroc" in cell else "")
+            for cell in row
+        ]
+        for row in grid
+    ]
+    figure = figures.figure()
+    figure.add_trace(
+        go.Heatmap(
+            x=names,
+            y=names,
+            z=[[cell["auroc"] for cell in row] for row in grid],
+            text=short,
+            texttemplate="%{text}",
+            customdata=hover,
+            hovertemplate="trained on %{y}<br>tested on %{x}<br>%{customdata}<extra></extra>",
+            autocolorscale=False,
+            colorscale=[list(stop) for stop in figures.DIVERGING],
+            zmin=0,
+            zmax=1,
+            colorbar={"title": {"text": "AUROC"}},
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    return figures.style(
+        figure,
+        f"Transfer of probes for {figures.plain(transfer.config.target, 40)}",
+        "tested on",
+        "trained on",
+        height=max(320, 160 + 48 * len(names)),
+        legend=False,
     )

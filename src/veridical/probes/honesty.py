@@ -31,7 +31,7 @@ from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe
 from veridical.probes.baseline import TextScorer, cross_fit_texts
 from veridical.probes.calibration import fit_platt
-from veridical.probes.crossfit import Crossed, Nested, Plan, cross_fit, fold_numbers
+from veridical.probes.crossfit import Crossed, Nested, Plan, check_plan, cross_fit, fold_numbers
 from veridical.probes.data import Source, Where, as_conditions, read_source
 from veridical.probes.firing import balanced_threshold, false_positive_threshold
 from veridical.probes.honesty_report import CHOSEN, HonestyReport
@@ -99,12 +99,12 @@ class _Protocol:
             "instruction": (rows.known & free, rows.told, rows.known & free),
         }
         self.plans = {
-            name: Plan(fit, positive, judged, fold_of, config.strengths)
+            name: Plan(fit, positive, judged, fold_of, config.folds, config.strengths)
             for name, (fit, positive, judged) in plans.items()
         }
         self.fold_of = fold_of
         for name, plan in self.plans.items():
-            _check_plan(name, plan, source.groups)
+            check_plan(f"the {name} probe", plan, source.groups)
         self.weights = evaluate.resample_weights(source.groups, config.bootstrap, config.seed)
         self.parts = {
             **prompt_parts(source, config.by, self.marked),
@@ -254,11 +254,9 @@ class _Protocol:
         labels = positive[rows]
         if not len(rows) or labels.all() or not labels.any():
             return _NONE
-        weights, folds = self._counted(rows), self.fold_of[rows]
-        whole, *resampled = evaluate.auroc_within(
-            scores[rows], labels, folds, weights
-        ) - evaluate.auroc_within(text[rows], labels, folds, weights)
-        return evaluate.estimate(whole, np.array(resampled))
+        counted, folds = self._counted(rows), self.fold_of[rows]
+        ours, theirs = (evaluate.auroc_within(s[rows], labels, folds, counted) for s in (scores, text))
+        return evaluate.estimate(ours[0] - theirs[0], (ours - theirs)[1:])
 
     def _counted(self, rows: np.ndarray) -> np.ndarray:
         """Every row once, then the resamples, `[1 + r, rows]`."""
@@ -347,20 +345,3 @@ def _estimators(probe: Estimators) -> dict[str, LinearProbe]:
     if not found:
         raise DataError("no estimator arrived; expected one or more")
     return found
-
-
-def _check_plan(name: str, plan: Plan, groups: np.ndarray) -> None:
-    pairs = len(np.unique(groups[plan.fit]))
-    if pairs < plan.folds:
-        raise DataError(
-            f"{pairs} pairs are left to fit the {name} probe on {plan.folds} folds; give more pairs, or ask "
-            "for fewer folds"
-        )
-    for k in range(plan.folds):
-        for j in range(plan.folds):
-            labels = plan.positive[plan.fit & (plan.fold_of != k) & (plan.fold_of != j)]
-            if not len(labels) or labels.all() or not labels.any():
-                raise DataError(
-                    f"the {name} probe has one class only without folds {k + 1} and {j + 1} of {plan.folds}; "
-                    "give more pairs, or ask for fewer folds"
-                )

@@ -1,8 +1,7 @@
 """A probe that is fitted already, judged on other data: its figures beside those of the text alone.
 
 Nothing of the probe is fitted again: its thresholds are those it was saved with. The text baseline is fitted
-on these data by cross-fitting over pairs, so it has seen the topic, which the probe may not have; that favours
-it.
+on these data by cross-fitting over pairs, so it has seen the topic, which the probe may not have seen.
 """
 
 from __future__ import annotations

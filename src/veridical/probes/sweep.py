@@ -82,11 +82,30 @@ def fit_probes(
     if target is not None:
         options["target"] = target if isinstance(target, str) else TARGET
     config = configs.build(ProbeConfig, config, **options)
-    _check(config)
-    estimator = kind(probe)() if isinstance(probe, str) else probe or LogisticProbe()
+    check_config(config)
+    estimator = as_estimator(probe)
     source = estimator.source(acts, target, groups, texts, rows)
     task = choose_rows(source, config, config.where)
-    return _Sweep(source, task, config, estimator).run()
+    return run_sweep(source, task, config, estimator)
+
+
+def run_sweep(source: Source, task: Task, config: ProbeConfig, probe: LinearProbe) -> ProbeSweep:
+    """The sweep over data whose rows are already chosen."""
+    return _Sweep(source, task, config, probe).run()
+
+
+def as_estimator(probe: LinearProbe | str | None) -> LinearProbe:
+    """The estimator, or the one of that name with default parameters; logistic when not given."""
+    return kind(probe)() if isinstance(probe, str) else probe or LogisticProbe()
+
+
+def check_config(config: ProbeConfig) -> None:
+    """Refuses options that make no sense."""
+    if not config.strengths or any(not 0 < c < float("inf") for c in config.strengths):
+        raise DataError(f"strengths are {config.strengths}; expected one or more numbers above 0")
+    for name, least in (("folds", 2), ("bootstrap", 1), ("shuffles", 0)):
+        if getattr(config, name) < least:
+            raise DataError(f"{name} is {getattr(config, name)}; expected at least {least}")
 
 
 @dataclass(frozen=True)
@@ -113,8 +132,7 @@ class _Sweep:
         self.source, self.task, self.config, self.probe = source, task, config, probe
         self.groups = source.groups[task.fit]
         self.pairs = group_codes(self.groups, len(self.groups))
-        named = {name: getattr(probe, name) for name in probe.columns}
-        self.columns = {name: source.column(at)[task.fit] for name, at in named.items() if at is not None}
+        self.columns = probe.beside(source, task.fit)
         self.folds = folds(self.groups, config.folds, config.seed, task.positive[task.fit])
         self.fit_labels = self._with_shuffles(task.fit, 2)
         self.test_labels = self._with_shuffles(task.test, 3)
@@ -271,11 +289,3 @@ class _Sweep:
             return fit.probe.decision_function(self.source.vectors(site, rows))
 
         return firing_rates(self.source, self.task, self.config, fit.out_of_fold, truth, scores)
-
-
-def _check(config: ProbeConfig) -> None:
-    if not config.strengths or any(not 0 < c < float("inf") for c in config.strengths):
-        raise DataError(f"strengths are {config.strengths}; expected one or more numbers above 0")
-    for name, least in (("folds", 2), ("bootstrap", 1), ("shuffles", 0)):
-        if getattr(config, name) < least:
-            raise DataError(f"{name} is {getattr(config, name)}; expected at least {least}")
