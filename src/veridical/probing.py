@@ -144,7 +144,7 @@ def monitor(options: ProbeMonitorVerb) -> Path:
     write_json(out / "config.json", to_dict(options))
     facts = {"verb": "probe monitor", "model": str(model.path), "model_fingerprint": model.fingerprint()}
     write_json(out / "provenance.json", provenance(**facts, probe=str(options.probe), seed=options.seed))
-    fired = int(rows["fired"].sum())
+    fired = sum(rows["fired"].tolist())
     write_json(out / "metrics.json", {"rows": len(rows), "fired": fired, "threshold": scores.threshold})
     log.info("fired in %d of %d answers at log-odds above %.3g", fired, len(rows), scores.threshold)
     said_where(report(out, out / "report.html", title=f"{scores.label} while answering", intro=MONITOR))
@@ -196,7 +196,7 @@ def _monitored(scores: Scores, rows: Any, options: ProbeMonitorVerb) -> Section:
         f"<h3>{escape(answer)}</h3>{scores.view(row, call).to_html()}"
         for answer, row, call in zip(*(shown[name].tolist() for name in ("answer", "row", "call")))
     ]
-    fired = int(rows["fired"].sum())
+    fired = sum(rows["fired"].tolist())
     return Section(
         title=f"{scores.label} while answering",
         text="\n\n".join(
