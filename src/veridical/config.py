@@ -70,6 +70,9 @@ class ProbeConfig:
     """Fits on labels permuted over pairs, for the control."""
     text_baseline: bool = True
     """Fit TF-IDF with logistic regression on the text alone, with the same folds."""
+    allow_duplicates: bool = False
+    """Leave rows that occur under several pairs as they are; else such pairs are joined, and copies on both
+    sides of a split column refused."""
     seed: int = 0
     """Seed of folds, bootstraps and shuffles."""
     progress: bool | None = None

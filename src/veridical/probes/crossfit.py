@@ -11,7 +11,7 @@ labels of a held-out pair are never seen, its spread is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -21,7 +21,7 @@ from veridical.errors import DataError
 from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.data import Source
-from veridical.probes.solver import Design
+from veridical.probes.solver import Solution
 
 SELECTION_TOL = 1e-4
 """Relative error of the coefficients while choosing."""
@@ -59,9 +59,7 @@ class Crossed:
         inner: `[folds, n]`, what fold `k` knew when it chose: decision values by probes that saw neither the
             vector's pair nor fold `k`; NaN on fold `k`. Thresholds for fold `k` are set on them.
         found: `[folds]`, mean AUROC over the other folds, by which fold `k` chose.
-        coefficients: `[folds + 1, d]`, probe of each fold, and last that of all pairs.
-        intercepts: `[folds + 1]`.
-        probe: The probe of all pairs.
+        probes: The probe of each fold, and last that of all pairs.
         whole: Mean AUROC over folds, by which its strength was chosen.
         converged: Whether the solver reached its tolerance everywhere.
     """
@@ -69,17 +67,14 @@ class Crossed:
     scores: np.ndarray
     inner: np.ndarray
     found: np.ndarray
-    coefficients: np.ndarray
-    intercepts: np.ndarray
-    probe: LinearProbe
+    probes: tuple[LinearProbe, ...]
     whole: float
     converged: bool
 
-    def on(self, x: torch.Tensor, fold_of: np.ndarray) -> np.ndarray:
-        """Decision values `[m]` of vectors `[m, d]`; -1 as fold asks for the probe of all pairs."""
-        which = np.where(fold_of < 0, len(self.intercepts) - 1, fold_of)
-        every = x @ torch.from_numpy(self.coefficients).to(x).T + torch.from_numpy(self.intercepts).to(x)
-        return evaluate.settled(every.cpu().numpy())[np.arange(len(x)), which]
+    @property
+    def probe(self) -> LinearProbe:
+        """The probe of all pairs."""
+        return self.probes[-1]
 
 
 @dataclass(frozen=True)
@@ -144,67 +139,54 @@ def check_plan(name: str, plan: Plan, groups: np.ndarray) -> None:
 
 def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Crossed:
     """Fits `probe` at one site for every fold and pair of folds left out, and for all pairs."""
-    if not probe.reads_vectors:
-        raise DataError(
-            f"{probe.name} reads sequences of tokens; cross-fitting takes an estimator of one vector"
-        )
     rows = np.flatnonzero(plan.fit)
-    design = Design.of(source.vectors(site, rows), probe.standardise)
+    design = probe.space(source.vectors(site, rows))
     every = source.vectors(site, np.arange(len(source)))
     left_out = [(), *((k,) for k in range(plan.folds)), *combinations(range(plan.folds), 2)]
     at = {out: number for number, out in enumerate(left_out)}
     masks = np.stack([~np.isin(plan.fold_of[rows], out) for out in left_out], 1).astype(np.float64)
     strengths = sorted(plan.strengths) if probe.tuned else [1.0]
-    groups = group_codes(source.groups[rows], len(rows)).to(design.rows.device)
-    columns = probe.beside(source, rows)
-    truth = torch.from_numpy(plan.positive[rows].astype(np.float64)).to(design.rows)[:, None]
+    device = design.rows.device
+    problems = Problems(
+        torch.from_numpy(np.repeat(plan.positive[rows, None], len(left_out), 1).astype(np.float64)).to(
+            device
+        ),
+        torch.from_numpy(masks).to(device),
+        torch.ones(len(left_out), dtype=torch.float64, device=device),
+        group_codes(source.groups[rows], len(rows)).to(device),
+        probe.beside(source, rows),
+    )
 
-    def solved(which: list[int], c: np.ndarray, start: torch.Tensor | None, tol: float | None):
-        weights = torch.from_numpy(masks[:, which]).to(design.rows)
-        problems = Problems(
-            truth.expand(-1, len(which)).contiguous(),
-            weights,
-            torch.from_numpy(c).to(design.rows),
-            groups,
-            columns,
-            start,
-            tol,
-        )
-        solution = probe.solve(design, problems)
-        coefficients, intercepts = design.raw(solution.weights)
-        scores = evaluate.settled((every @ coefficients.T + intercepts).cpu().numpy())
-        return solution, coefficients, intercepts, scores
+    def scored(solution: Solution) -> np.ndarray:
+        return evaluate.settled(probe.held_out(design, solution.weights, every).cpu().numpy())
 
     scores, start = [], None
     for strength in strengths:
-        c = np.full(len(left_out), strength)
-        solution, _, _, found = solved(list(range(len(left_out))), c, start, SELECTION_TOL)
+        each = torch.full_like(problems.strengths, strength)
+        solution = probe.solve(design, replace(problems, strengths=each, start=start, tol=SELECTION_TOL))
         start = solution.weights
-        scores.append(found)
+        scores.append(scored(solution))
     inner_auroc, whole_auroc = _choices(plan, at, np.stack(scores))
     chosen = np.argmax(np.round(inner_auroc, 9), axis=0)  # [folds]; the strongest penalty wins ties
     final = int(np.argmax(np.round(whole_auroc, 9)))
-    which = [at[(k,)] for k in range(plan.folds)] + [at[()]]
-    solution, coefficients, intercepts, found = solved(
-        which, np.array([strengths[s] for s in (*chosen, final)]), None, None
-    )
+    kept = [strengths[s] for s in (*chosen, final)]
+    which = torch.tensor([at[(k,)] for k in range(plan.folds)] + [at[()]], device=device)
+    exact = replace(problems.pick(which), strengths=torch.tensor(kept, dtype=torch.float64, device=device))
+    solution = probe.solve(design, exact)
     inner = np.full((plan.folds, len(source)), np.nan)
     for k in range(plan.folds):
         for j in range(plan.folds):
             if j != k:
                 held = plan.fold_of == j
                 inner[k, held] = scores[chosen[k]][held, at[(min(j, k), max(j, k))]]
-    coefficients, intercepts = coefficients.cpu().numpy(), intercepts.cpu().numpy()
-    kept = probe.at(strengths[final]).adopt(
-        np.array([False, True]), coefficients[-1], intercepts[-1:], int(solution.steps[-1])
-    )
     return Crossed(
-        scores=found[np.arange(len(source)), plan.fold_of],
+        scores=scored(solution)[np.arange(len(source)), plan.fold_of],
         inner=inner,
         found=inner_auroc[chosen, np.arange(plan.folds)],
-        coefficients=coefficients,
-        intercepts=intercepts,
-        probe=kept,
+        probes=tuple(
+            probe.at(strength).settle(np.array([False, True]), design, _one(solution, number))
+            for number, strength in enumerate(kept)
+        ),
         whole=float(whole_auroc[final]),
         converged=bool(solution.converged.all()),
     )
@@ -230,6 +212,12 @@ def _choices(
     for k in folds:
         inner[:, k] = _mean([auroc((min(j, k), max(j, k)), j) for j in folds if j != k])
     return inner, _mean([auroc((k,), k) for k in folds])
+
+
+def _one(solution: Solution, number: int) -> Solution:
+    """One of the solved problems."""
+    at = slice(number, number + 1)
+    return Solution(solution.weights[:, at], solution.steps[at], solution.converged[at])
 
 
 def _mean(found: list[np.ndarray]) -> np.ndarray:

@@ -32,13 +32,15 @@ from veridical.probes.base import LinearProbe
 from veridical.probes.baseline import TextScorer, cross_fit_texts
 from veridical.probes.calibration import fit_platt
 from veridical.probes.crossfit import Crossed, Nested, Plan, check_plan, cross_fit, fold_numbers
-from veridical.probes.data import Source, Where, as_conditions, read_source
+from veridical.probes.data import Source, Where, as_conditions
+from veridical.probes.duplicates import without_copies
 from veridical.probes.firing import balanced_threshold, false_positive_threshold
 from veridical.probes.honesty_report import CHOSEN, HonestyReport
 from veridical.probes.honesty_rows import Rows, difficulty_parts, never_fitted, prompt_parts
 from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.origin import Origin
+from veridical.probes.sequence import SequenceProbe
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -77,8 +79,16 @@ def honesty_protocol(
     if holdout is not None:
         options["holdout"] = as_conditions(holdout)
     config = configs.build(HonestyConfig, config, **options)
-    source = read_source(acts, None, groups, texts, rows)
-    return _Protocol(source, config, _estimators(probe)).run()
+    probes = _estimators(probe)
+    first = next(iter(probes.values()))
+    for name, made in probes.items():
+        if isinstance(made, SequenceProbe) != isinstance(first, SequenceProbe):
+            raise DataError(
+                f"{first.name} and {name} read different things (vectors, and sequences of tokens); give "
+                "estimators of one sort"
+            )
+    source = without_copies(first.source(acts, None, groups, texts, rows))
+    return _Protocol(source, config, probes).run()
 
 
 class _Protocol:

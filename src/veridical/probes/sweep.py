@@ -25,6 +25,7 @@ from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.baseline import text_scores
 from veridical.probes.controls import random_directions
 from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows
+from veridical.probes.duplicates import without_copies
 from veridical.probes.firing import firing_rates
 from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
@@ -72,7 +73,7 @@ def fit_probes(
 
     Raises:
         UnknownNameError: A column or option that does not exist.
-        DataError: Empty data, one class, too few pairs, a pair on both sides of the split.
+        DataError: Empty data, one class, too few pairs, a pair or a repeated row on both sides of the split.
         NonFiniteError: NaN or infinity; names the site and the vector.
     """
     if where is not None:
@@ -85,6 +86,7 @@ def fit_probes(
     check_config(config)
     estimator = as_estimator(probe)
     source = estimator.source(acts, target, groups, texts, rows)
+    source = without_copies(source, config.allow_duplicates)
     task = choose_rows(source, config, config.where)
     return run_sweep(source, task, config, estimator)
 

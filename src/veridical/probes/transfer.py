@@ -33,7 +33,6 @@ from veridical.probes.data import (
     as_conditions,
     meets,
     missing,
-    read_source,
     site_name,
     two_classes,
 )
@@ -192,11 +191,14 @@ def transfer_matrix(
     check_config(config)
     if config.holdout:
         raise DataError("holdout means nothing to a transfer matrix: name the rows by where")
-    sets = _split(acts, by, rows, config) if by is not None else _named(acts, rows, config)
+    estimator = as_estimator(probe)
+    sets = (
+        _split(acts, by, rows, config, estimator) if by is not None else _named(acts, rows, config, estimator)
+    )
     if len(sets) < 2:
         raise DataError(f"{len(sets)} set arrived ({', '.join(s.name for s in sets)}); expected two or more")
     _check_alike(sets, config)
-    return _Matrix(sets, config, as_estimator(probe), _sites(sets, site)).run()
+    return _Matrix(sets, config, estimator, _sites(sets, site)).run()
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class _Matrix:
     def _probe(self, trained: _Set, nested: Nested) -> LinearProbe:
         """The probe of all rows of a set, with where it came from."""
         probe, facts = nested.candidates[nested.best].probe, trained.source.facts
-        probe.adopt(np.array(trained.classes), probe.coef_, probe.intercept_, int(probe.n_iter_[0]))
+        probe.classes_ = np.array(trained.classes)
         probe.origin_ = Origin(
             site=nested.best[1],
             tokens=facts.get("tokens"),
@@ -304,8 +306,9 @@ def _scores(nested: Nested, source: Source, rows: np.ndarray, which: np.ndarray)
     for fold in np.unique(which):
         key = nested.best if fold < 0 else nested.by_fold[fold]
         here = which == fold
-        scores[here] = nested.candidates[key].on(source.vectors(key[1], rows[here]), which[here])
-    return scores
+        probe = nested.candidates[key].probes[fold]
+        scores[here] = probe.decision_function(source.vectors(key[1], rows[here]))
+    return evaluate.settled(scores[:, None])[:, 0]
 
 
 def _repeated(trained: _Set, tested: _Set) -> np.ndarray:
@@ -320,7 +323,7 @@ def _repeated(trained: _Set, tested: _Set) -> np.ndarray:
     )
 
 
-def _named(acts: Any, rows: Any, config: ProbeConfig) -> list[_Set]:
+def _named(acts: Any, rows: Any, config: ProbeConfig, probe: LinearProbe) -> list[_Set]:
     if not isinstance(acts, Mapping):
         raise DataError(
             f"acts is a {type(acts).__name__}; expected a dict of name to activations, or `by=` a column"
@@ -330,13 +333,13 @@ def _named(acts: Any, rows: Any, config: ProbeConfig) -> list[_Set]:
         if name not in acts:
             raise unknown("set", name, acts)
     return [
-        _set(str(name), read_source(one, None, None, None, tables.get(name)), config)
+        _set(str(name), probe.source(one, None, None, None, tables.get(name)), config)
         for name, one in acts.items()
     ]
 
 
-def _split(acts: Any, by: str, rows: Any, config: ProbeConfig) -> list[_Set]:
-    source = read_source(acts, None, None, None, rows)
+def _split(acts: Any, by: str, rows: Any, config: ProbeConfig, probe: LinearProbe) -> list[_Set]:
+    source = probe.source(acts, None, None, None, rows)
     column = source.column(by)
     values = np.array([None if missing(value) else str(value) for value in column], dtype=object)
     names = list(dict.fromkeys(value for value in values if value is not None))
