@@ -330,6 +330,34 @@ def test_no_nearby_point_is_better_and_a_batch_equals_each_alone(make):
 
 
 @pooled
+def test_folds_choose_in_float32_as_they_would_in_float64(make):
+    """Also where readings are far from 0: three sites of very different scale."""
+    for scale, strength in ((1.0, 0.1), (1.0, 100.0), (1e4, 10.0)):
+        x, y, _ = sequences("spread", n=120, width=5, shift=3.0)
+        read = Sequences.of([scale * t for t in x])
+        probe = make(tol=1e-9)
+        design = probe.space(read)
+        targets, ones = torch.from_numpy(y.astype(float))[:, None], torch.ones(120, 1).double()
+        exact = Problems(targets, ones, torch.tensor([strength]).double())
+        rough = Problems(targets, ones, torch.tensor([strength]).double(), tol=1e-4)
+        wanted, found = (probe.scores(design, probe.solve(design, p).weights)[:, 0] for p in (exact, rough))
+        assert bool(torch.isfinite(found).all())
+        assert abs(roc_auc_score(y, wanted) - roc_auc_score(y, found)) < 0.01
+
+
+def test_a_noisy_or_of_tokens_far_below_0_stays_finite():
+    layout = Layout.of(torch.tensor([2, 1]))
+    for dtype in (torch.float32, torch.float64):
+        for reading in (-1e5, -700.0, -90.0, 50.0, 1e5):
+            z = torch.full((3, 1, 1), reading, dtype=dtype)
+            probe = MILProbe()
+            pooled_once = probe.pool(z, layout)
+            assert bool(torch.isfinite(pooled_once.scores).all())
+            gradient = probe.spread(torch.ones(2, 1, dtype=dtype), z, pooled_once, layout)
+            assert bool(torch.isfinite(gradient).all())
+
+
+@pooled
 def test_training_never_ends_above_its_start(make):
     """The start is the mean probe; attention with one head can hold it exactly, so it can only be better."""
     x, y, _ = sequences("one", n=100, width=5)

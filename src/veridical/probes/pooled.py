@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from veridical.errors import DataError
+from veridical.errors import DataError, NonFiniteError
 from veridical.probes.base import Problems
 from veridical.probes.lbfgs import minimise
 from veridical.probes.packed import Layout, SequenceDesign, expected_maximum
@@ -65,8 +65,8 @@ class PooledProbe(SequenceProbe):
         *,
         standardise: bool = True,
         adjust_length: bool = True,
-        tol: float = 1e-6,
-        max_iter: int = 500,
+        tol: float = 1e-5,
+        max_iter: int = 1000,
     ) -> None:
         super().__init__(C, standardise=standardise)
         self.adjust_length = adjust_length
@@ -175,6 +175,8 @@ class PooledProbe(SequenceProbe):
         tol = max(self.tol, CHOOSING_TOL) if choosing else self.tol
         found, steps, converged = minimise(fits, start, tol, self.max_iter)
         found = found.to(design.rows)
+        if not bool(torch.isfinite(found).all()):
+            raise NonFiniteError(f"the fit of {self.name} left the finite numbers; give smaller strengths C")
         shaped = found.reshape(shape)
         growth, _, _ = self.growth(shaped, design.within, design.read(shaped))
         length = torch.stack([growth, torch.full_like(growth, fits.typical)])
@@ -301,7 +303,7 @@ class Fits:
     def value(self, readings: Tensor, w: Tensor) -> tuple[Tensor, Any]:
         layout = self.design.layout
         pooled = self.probe.pool(readings, layout)
-        scores, bent = pooled.scores, None
+        scores, bent = pooled.scores.to(torch.float64), None
         if self.probe.adjust_length:
             growth, by_parameters, by_readings = self.growth(w, readings)
             expected, slope = self.probe.expected(layout.lengths, self.typical, growth)
