@@ -66,8 +66,8 @@ SECTIONS = {
         "Harmful against harmless requests, read at the last token before the model answers.",
     ),
 }
-CAUSAL_SITE = "blocks.2.hook_resid_post"
-"""Where the direction is tried out: the later layers, where it reads best, no longer decide the answer."""
+CAUSAL_DEPTH = 1 / 3
+"""Where the direction is tried out: in later layers, where it reads best, the answer is decided already."""
 CAUSAL_ROWS = 160
 TOKENS = "The best probe for lying at every token of conversations that were held out."
 
@@ -114,8 +114,9 @@ def run_demo(
         protocol = honesty_protocol(acts, progress=progress)
         protocol.report_section().save(out / "lying-protocol")
         log.info("  %s", protocol)
-    with step(f"lying: does the model use the direction? ({CAUSAL_SITE})"):
-        direction = sweeps["lying"][CAUSAL_SITE].probe
+    results = sweeps["lying"].results
+    direction = results[int(CAUSAL_DEPTH * len(results))].probe
+    with step(f"lying: does the model use the direction? ({direction.site})"):
         causal = causal_check(
             m, direction, causal_rows(pairs), strengths=(-4, 4), random=19, progress=progress
         )

@@ -64,7 +64,7 @@ def probe(options: ProbeVerb) -> Path:
     sweep.save(out / "sweep")
     sections["sweep"] = sweep.report_section()
     sections["calibration"] = replace(sweep.calibration().report_section(), headline=())
-    if options.target == "lied" and sweep.best().reads_vectors:
+    if options.target == "lied":
         with step("honesty protocol"):
             sections["honesty"] = honesty_of(acts, options).report_section()
     sections["tokens"] = tokens_of(model, sweep, acts, pairs)

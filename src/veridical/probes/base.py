@@ -92,8 +92,6 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     """Parameters that name a label column which the estimator reads beside the label."""
     reads: ClassVar[str] = "activations [rows, {width}]"
     """What `predict_proba` takes, for a card."""
-    reads_vectors: ClassVar[bool] = True
-    """Whether it reads one vector for each label; False for those that read sequences of tokens."""
     extra: ClassVar[tuple[str, ...]] = ()
     """Further fitted arrays, saved beside coefficients and intercept; `name_` holds each."""
     standardise: bool

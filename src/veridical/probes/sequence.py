@@ -154,7 +154,6 @@ class SequenceProbe(LinearProbe):
     """
 
     reads: ClassVar[str] = "a list of activations [tokens, {width}], one for each sequence"
-    reads_vectors = False
     tuned = True
 
     def __init__(self, C: float = 1.0, *, standardise: bool = True) -> None:
