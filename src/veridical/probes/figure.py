@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from veridical.probes.calibration import Calibration
     from veridical.probes.honesty_report import HonestyReport
+    from veridical.probes.learning import LearningCurve
     from veridical.probes.result import ProbeSweep, SiteResult
     from veridical.probes.transfer import TransferMatrix
 
@@ -252,4 +253,35 @@ def heat_map(transfer: TransferMatrix) -> go.Figure:
         "trained on",
         height=max(320, 160 + 48 * len(names)),
         legend=False,
+    )
+
+
+def by_pairs(curve: LearningCurve) -> go.Figure:
+    """AUROC by number of fitted pairs, with the range of the draws."""
+    frame = curve.to_frame()
+    figure = figures.figure()
+    figures.line_with_band(
+        figure,
+        frame["pairs"].tolist(),
+        frame["auroc"],
+        frame["auroc_low"],
+        frame["auroc_high"],
+        name=curve.estimator,
+        band="range of the draws",
+        hover=[f"{draws} draws" for draws in frame["draws"]],
+    )
+    figures.reference_line(figure, 0.5, "chance")
+    if curve.text is not None:
+        figures.reference_line(
+            figure, curve.text.value, "text alone, all pairs", colour=figures.ORANGE, dash="dash"
+        )
+    figure.update_xaxes(type="log", tickvals=frame["pairs"].tolist(), ticktext=frame["pairs"].tolist())
+    lowest = min(*frame["auroc_low"].tolist(), 0.5 if curve.text is None else curve.text.value, 0.5)
+    return figures.style(
+        figure,
+        f"Learning curve of the probe for {figures.plain(curve.config.target, 40)} at "
+        f"{figures.plain(curve.site, 40)}",
+        "fitted pairs",
+        "AUROC on held-out pairs",
+        y_range=(max(0.0, lowest - 0.05), 1.02),
     )
