@@ -35,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: list[str]) -> int:
-    from veridical.verbs import VERBS
-
     if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(_overview())
         return 0 if words else 2
@@ -45,9 +43,8 @@ def _main(words: list[str]) -> int:
 
         sys.stdout.write(f"veridical {__version__}\n")
         return 0
-    if words[0] not in VERBS:
-        raise unknown("verb", words[0], VERBS, "See veridical --help")
-    options = parse(words[0], words[1:])
+    verb, words = _take_verb(words)
+    options = parse(verb, words)
     if options is None:
         return 0
 
@@ -55,8 +52,24 @@ def _main(words: list[str]) -> int:
     from veridical.console import console
 
     with console():
-        running.RUN[words[0]](options)
+        running.RUN[verb](options)
     return 0
+
+
+def _take_verb(words: list[str]) -> tuple[str, list[str]]:
+    """The verb, of one word or two, and the words after it; `probe fit` is `probe`."""
+    from veridical.verbs import VERBS
+
+    if words[:2] == ["probe", "fit"]:
+        return "probe", words[2:]
+    if " ".join(words[:2]) in VERBS:
+        return " ".join(words[:2]), words[2:]
+    if words[0] not in VERBS:
+        raise unknown("verb", words[0], VERBS, "See veridical --help")
+    parts = [verb.removeprefix(f"{words[0]} ") for verb in VERBS if verb.startswith(f"{words[0]} ")]
+    if parts and len(words) > 1 and not words[1].startswith("-"):
+        raise unknown(f"job of veridical {words[0]}:", words[1], ["fit", *parts])
+    return words[0], words[1:]
 
 
 def parse(verb: str, words: Sequence[str]) -> Any:
@@ -157,7 +170,7 @@ def _overview() -> str:
     for name, cls in VERBS.items():
         doc = (cls.__doc__ or "").strip().splitlines()
         example = next((line.strip() for line in doc if line.strip().startswith("Example: ")), "")
-        lines += [f"  {name:9}{doc[0]}", f"           {example.removeprefix('Example: ')}"]
+        lines += [f"  {name:16}{doc[0]}", f"                  {example.removeprefix('Example: ')}"]
     lines += [
         "",
         "Every verb takes --config recipe.yaml (flags win) and has its own --help. veridical --version",

@@ -66,6 +66,9 @@ SECTIONS = {
         "Harmful against harmless requests, read at the last token before the model answers.",
     ),
 }
+CAUSAL_DEPTH = 1 / 3
+"""Where the direction is tried out: in later layers, where it reads best, the answer is decided already."""
+CAUSAL_ROWS = 160
 TOKENS = "The best probe for lying at every token of conversations that were held out."
 
 
@@ -89,6 +92,8 @@ def run_demo(
         progress: Progress bars; by default only on a terminal.
     """
     from veridical import Pairs, load
+    from veridical.probes.causal import causal_check
+    from veridical.probes.honesty import honesty_protocol
 
     start, out = time.perf_counter(), Path(out)
     with step(f"loading {model}"):
@@ -103,6 +108,20 @@ def run_demo(
     with step("lying: activations at every layer, probes"):
         options = {"target": "lied", "where": ("instructed_to_lie=True",)}
         acts, sweeps["lying"] = sweep_into(out, "lying", m, pairs, "prompt_last", progress, **options)
+    calibrated = sweeps["lying"].calibration().report_section()
+    dataclasses.replace(calibrated, headline=()).save(out / "lying-calibration")
+    with step("lying: apart from the instruction, on prompts and scenarios that were held out"):
+        protocol = honesty_protocol(acts, progress=progress)
+        protocol.report_section().save(out / "lying-protocol")
+        log.info("  %s", protocol)
+    results = sweeps["lying"].results
+    direction = results[int(CAUSAL_DEPTH * len(results))].probe
+    with step(f"lying: does the model use the direction? ({direction.site})"):
+        causal = causal_check(
+            m, direction, causal_rows(pairs), strengths=(-4, 4), random=19, progress=progress
+        )
+        dataclasses.replace(causal.report_section(), headline=()).save(out / "lying-causal")
+        log.info("  %s", causal)
     with step("toxic: activations, probes"):
         _, sweeps["toxic"] = sweep_into(out, "toxic", m, Pairs.load(toxic), "last", progress)
     with step("safe: activations, probes"):
@@ -231,6 +250,17 @@ def example_rows(acts: Activations, sweep: ProbeSweep, pairs: Pairs) -> dict[str
         **({"Told to be honest, and is": int(honest[0])} if len(honest) else {}),
         **({"Told to lie, and doesn't": refused} if refused is not None else {}),
     }
+
+
+def causal_rows(pairs: Pairs) -> Pairs:
+    """Held-out rows whose answer the model knows, lies and refusals and honest answers alike."""
+    import numpy as np
+
+    known, test = np.array([bool(v) for v in pairs["known"]]), np.array(pairs["split"]) == "test"
+    rows = np.flatnonzero(known & test)
+    kept = np.zeros(len(pairs), dtype=bool)
+    kept[np.random.default_rng(0).permutation(rows)[:CAUSAL_ROWS]] = True
+    return pairs.filter(kept)
 
 
 def headline(sweep: ProbeSweep, name: str) -> tuple[str, str]:

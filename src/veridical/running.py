@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from veridical.models import HookedModel
     from veridical.pairs import Pairs
     from veridical.probes import ProbeSweep
+    from veridical.probes.honesty_report import HonestyReport
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config")
@@ -44,7 +45,7 @@ TOKENS = "The best probe at every token of two rows that were held out, one of e
 def probe(options: ProbeVerb) -> Path:
     """Pairs, beliefs if needed, activations, probes, report; returns the folder."""
     options.require("probe")
-    out = options.out or _folder("probe", options)
+    out = options.out or folder_for("probe", options)
     with step("model"):
         model = load_model(options)
     with step("data"):
@@ -52,7 +53,7 @@ def probe(options: ProbeVerb) -> Path:
     log.info("  %s", pairs)
     check_columns(options, pairs)
     sections: dict[str, Section | None] = {}
-    if _wants_beliefs(options, pairs):
+    if wants_beliefs(options, pairs):
         with step("beliefs"):
             pairs = check_beliefs_into(out / "beliefs", model, pairs, part(BeliefConfig, options))
     cut = said_cut(model, pairs, options)
@@ -62,6 +63,10 @@ def probe(options: ProbeVerb) -> Path:
         sweep = fit(acts, options)
     sweep.save(out / "sweep")
     sections["sweep"] = sweep.report_section()
+    sections["calibration"] = replace(sweep.calibration().report_section(), headline=())
+    if options.target == "lied":
+        with step("honesty protocol"):
+            sections["honesty"] = honesty_of(acts, options).report_section()
     sections["tokens"] = tokens_of(model, sweep, acts, pairs)
     sections["data"] = replace(pairs.report_section(), headline=())
     sections["activations"] = replace(acts.report_section(), headline=())
@@ -82,7 +87,7 @@ def probe(options: ProbeVerb) -> Path:
 def collect(options: CollectVerb) -> Path:
     """Activations into a store; returns its folder."""
     options.require("collect")
-    folder = options.store or _folder("collect", options)
+    folder = options.store or folder_for("collect", options)
     with step("model"):
         model = load_model(options)
     with step("data"):
@@ -130,10 +135,24 @@ def demo(options: DemoVerb) -> Path:
     return page
 
 
+def saved_probe(job: str) -> Callable[[Any], Path]:
+    """A job of `veridical probe` on saved probes; imported when it is run."""
+
+    def run(options: Any) -> Path:
+        from veridical import probing
+
+        return getattr(probing, job)(options)
+
+    return run
+
+
 RUN: dict[str, Callable[[Any], Any]] = {
     "demo": demo,
     "collect": collect,
     "probe": probe,
+    "probe eval": saved_probe("evaluate"),
+    "probe transfer": saved_probe("transfer"),
+    "probe monitor": saved_probe("monitor"),
     "report": assemble,
     "ls": ls,
 }
@@ -220,7 +239,17 @@ def fit(acts: Activations, options: ProbeVerb) -> ProbeSweep:
     """Probes at every site."""
     from veridical.probes import fit_probes
 
-    return fit_probes(acts, part(ProbeConfig, options))
+    return fit_probes(acts, part(ProbeConfig, options), probe=options.estimator)
+
+
+def honesty_of(acts: Activations, options: ProbeVerb) -> HonestyReport:
+    """The lying and the instruction probe side by side, fitted and judged as the options say."""
+    from veridical.probes.honesty import honesty_protocol
+
+    shared = {
+        name: getattr(options, name) for name in ("folds", "strengths", "bootstrap", "seed", "progress")
+    }
+    return honesty_protocol(acts, probe=options.estimator, **shared)
 
 
 def part(cls: type[Config], options: Any) -> Config:
@@ -311,7 +340,8 @@ def _lasting(config: BeliefConfig) -> dict[str, Any]:
     }
 
 
-def _wants_beliefs(options: ProbeVerb, pairs: Pairs) -> bool:
+def wants_beliefs(options: ProbeVerb, pairs: Pairs) -> bool:
+    """Whether the belief check has to run: asked for, or needed by a column that the data lack."""
     if options.beliefs is not None:
         return options.beliefs
     return bool((_asked(options) & BELIEF_LABELS) - set(pairs.columns))
@@ -322,7 +352,8 @@ def _asked(options: ProbeVerb) -> set[str]:
     return {options.target, *(re.split(r"[=!<>]", condition)[0].strip() for condition in options.where)}
 
 
-def _folder(verb: str, options: Inputs) -> Path:
+def folder_for(verb: str, options: Inputs) -> Path:
+    """Where a run writes when nothing is said."""
     return Path("runs") / f"{verb}-{_short(str(options.model))}-{_short(str(options.data))}"
 
 

@@ -39,16 +39,17 @@ class Inputs:
     trust_remote_code: bool = False
     """Run code that the model's repository brings along. Only for repositories you trust."""
 
-    def require(self, verb: str) -> None:
-        """Refuses a run that lacks its model or data.
+    def require(self, verb: str, *names: str) -> None:
+        """Refuses a run that lacks an input: model and data, or those named.
 
         Raises:
-            ConfigError: One of the two was not given.
+            ConfigError: One of them was not given.
         """
-        for name in ("model", "data"):
+        for name in names or ("model", "data"):
             if not getattr(self, name):
+                how = "the folder of a saved probe" if name == "probe" else f"--{name}"
                 raise ConfigError(
-                    f"{verb} needs --{name} (or `{name}:` in its recipe); see veridical {verb} --help"
+                    f"{verb} needs {how} (or `{name}:` in its recipe); see veridical {verb} --help"
                 )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit = {self.limit}: expected at least one pair")
@@ -78,7 +79,12 @@ class ProbeVerb(ProbeConfig, CollectConfig, BeliefConfig, Inputs):
 
     Loads the pairs, collects activations into OUT/activations (a stopped run goes on), fits and judges
     the probes, and writes OUT/report.html. --config recipe.yaml gives options by name; flags win.
+    `veridical probe fit` is the same; `probe eval`, `probe transfer` and `probe monitor` use what it saved.
     """
+
+    estimator: str = "logistic"
+    """Estimator: logistic, ridge, mass_mean, lda, lat, ccs, ttpd; over sequences of tokens: mean_tokens,
+    max_tokens, rolling, attention, mil."""
 
     out: OutFolder = None
     """Folder for everything the run writes; runs/probe-MODEL-DATA when not given."""
@@ -88,6 +94,75 @@ class ProbeVerb(ProbeConfig, CollectConfig, BeliefConfig, Inputs):
     """Check first what the model believes and where it lies; by default when a label of that is asked for."""
     on_long: Literal["error", "truncate"] = "truncate"
     """What to do with a prompt over max_length; how many rows were cut is said."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProbeEvalVerb(Inputs):
+    """Judges a saved probe on other data, or on another checkpoint with --force, beside the text alone.
+
+    Example: veridical probe eval runs/probe-qwen/sweep/best --model Qwen/Qwen3-0.6B --data other.csv
+
+    Activations are collected at the probe's own site and tokens; nothing of the probe is fitted again.
+    """
+
+    probe: tyro.conf.Positional[Path | None] = None
+    """Folder of a saved probe. Required."""
+    target: str | None = None
+    """Label column; the probe's own when not given."""
+    where: tuple[str, ...] | None = None
+    """Row conditions; the probe's own when not given."""
+    out: OutFolder = None
+    """Folder for everything the run writes; runs/probe-eval-MODEL-DATA when not given."""
+    bootstrap: int = 500
+    """Resamples of whole pairs for the 95 % intervals."""
+    force: bool = False
+    """Use the probe on another model than it was fitted on, such as a fine-tuned descendant."""
+    seed: int = 0
+    """Seed of resamples, and of the pairs that --limit keeps."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProbeTransferVerb(ProbeVerb):
+    """Fits a probe on each of several data sets, or on each part of one, and tests it on all.
+
+    Example: veridical probe transfer --model tiny-liar --data honesty --by form --target lied
+
+    --data takes several names or files separated by commas; --by splits one data set by a column.
+    """
+
+    by: str | None = None
+    """Label column by whose values one data set is split."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProbeMonitorVerb(Inputs):
+    """Runs a saved probe while the model answers, and shows its score at every token.
+
+    Example: veridical probe monitor runs/lied/sweep/best --model tiny-liar --prompts "Who wrote Hamlet?"
+
+    Prompts come from --prompts, or from --data (one generation for each row's prompt).
+    """
+
+    probe: tyro.conf.Positional[Path | None] = None
+    """Folder of a saved probe. Required."""
+    prompts: tuple[str, ...] = ()
+    """Texts for the user's turn."""
+    system: str = ""
+    """System prompt that stands before each of --prompts."""
+    max_new_tokens: int = 40
+    """Tokens to generate."""
+    threshold: str = "fpr1"
+    """Where the probe fires: fpr1 (1 % false positives), balanced, or a number in log-odds."""
+    batch: int = 16
+    """Prompts that are answered together."""
+    show: int = 6
+    """Answers shown token by token in the report."""
+    out: OutFolder = None
+    """Folder for everything the run writes; runs/probe-monitor-MODEL when not given."""
+    force: bool = False
+    """Use the probe on another model than it was fitted on."""
+    seed: int = 0
+    """Seed of the pairs that --limit keeps."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -135,6 +210,9 @@ VERBS: dict[str, type] = {
     "demo": DemoVerb,
     "collect": CollectVerb,
     "probe": ProbeVerb,
+    "probe eval": ProbeEvalVerb,
+    "probe transfer": ProbeTransferVerb,
+    "probe monitor": ProbeMonitorVerb,
     "report": ReportVerb,
     "ls": LsVerb,
 }

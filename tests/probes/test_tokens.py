@@ -142,7 +142,8 @@ def chats(n=40):
 @pytest.mark.parametrize(("tokens", "vectors"), [("last", 1), ("all", 2), ("prompt_last", 1), ("mean", 1)])
 def test_a_sweep_on_collected_activations(model, quick, tokens, vectors):
     acts = vd.collect(model, chats(), sites="resid_post.*", tokens=tokens, progress=False)
-    sweep = vd.fit_probes(acts, where="kind=1", **{**quick, "text_baseline": True, "folds": 3})
+    given = {**quick, "text_baseline": True, "folds": 3, "allow_duplicates": True}
+    sweep = vd.fit_probes(acts, where="kind=1", **given)
     assert [r.site for r in sweep.results] == acts.sites
     assert sweep.counts["fit_rows"] + sweep.counts["test_rows"] == 40
     assert sweep.counts["fit_vectors"] >= vectors * sweep.counts["fit_rows"]
@@ -159,6 +160,7 @@ def test_a_sweep_on_collected_activations(model, quick, tokens, vectors):
 def test_the_stores_vectors_are_read_at_the_rows_that_are_fitted(model, quick):
     acts = vd.collect(model, chats(), sites="resid_post.1", tokens="all", progress=False)
     site = acts.sites[0]
+    quick = {**quick, "allow_duplicates": True}
     by_store = vd.fit_probes(acts, **quick).to_frame()
     by_hand = vd.fit_probes(
         {site: acts[site]}, target=acts.labels("label"), groups=acts.groups, **quick

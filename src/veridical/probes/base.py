@@ -136,6 +136,11 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
         return read_source(acts, target, groups, texts, rows)
 
+    def beside(self, source: Source, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns that it reads beside the label, at `rows`; those whose name is None are left out."""
+        named = {name: getattr(self, name) for name in self.columns}
+        return {name: source.column(at)[rows] for name, at in named.items() if at is not None}
+
     def notes(self, source: Source, task: Task) -> tuple[str, ...]:
         """What a reader should know of the data before believing the figures of this estimator."""
         return ()

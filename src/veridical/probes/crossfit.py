@@ -147,8 +147,6 @@ def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Cros
     masks = np.stack([~np.isin(plan.fold_of[rows], out) for out in left_out], 1).astype(np.float64)
     strengths = sorted(plan.strengths) if probe.tuned else [1.0]
     device = design.rows.device
-    named = {name: getattr(probe, name) for name in probe.columns}
-    columns = {name: source.column(at)[rows] for name, at in named.items() if at is not None}
     problems = Problems(
         torch.from_numpy(np.repeat(plan.positive[rows, None], len(left_out), 1).astype(np.float64)).to(
             device
@@ -156,7 +154,7 @@ def cross_fit(source: Source, site: str, plan: Plan, probe: LinearProbe) -> Cros
         torch.from_numpy(masks).to(device),
         torch.ones(len(left_out), dtype=torch.float64, device=device),
         group_codes(source.groups[rows], len(rows)).to(device),
-        columns,
+        probe.beside(source, rows),
     )
 
     def scored(solution: Solution) -> np.ndarray:

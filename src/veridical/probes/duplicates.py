@@ -78,9 +78,13 @@ def copies(source: Source) -> tuple[np.ndarray, int] | None:
 
 
 def _contents(source: Source) -> list[object]:
-    """What each vector's row holds: its text, or without texts its vectors at every site."""
+    """What each vector's row holds: its whole text, or without texts its vectors at every site."""
     if source.texts is not None:
-        return list(source.texts)
+        # Of a row read at several tokens the longest: beginnings that rows share make no copies of them.
+        whole: dict[object, str] = {}
+        for unit, text in zip(source.units.tolist(), source.texts):
+            whole[unit] = max(whole.get(unit, ""), str(text), key=len)
+        return [whole[unit] for unit in source.units.tolist()]
     contents: list[object] = [None] * len(source)
     for site in source.sites:
         x = source.load(site)

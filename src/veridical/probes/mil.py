@@ -14,6 +14,8 @@ token decides; and a small p in each of many tokens adds up, which `adjust_lengt
 
 from __future__ import annotations
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -21,42 +23,50 @@ from veridical.probes.packed import Layout
 from veridical.probes.pooled import Pooled, PooledProbe
 from veridical.probes.sequence import Running
 
-LEAST = -600.0
-"""Readings below are taken as this: their probability (1e-261) is still above 0 in float64."""
+SMALL = -15.0
+"""Logarithms of S below which S is so small that log(exp(S) - 1) is log(S), and log(1 + exp(z)) is exp(z)."""
 
 
 class MILProbe(PooledProbe):
-    """Noisy OR over token probabilities; arguments as in `PooledProbe`."""
+    """Noisy OR over token probabilities; arguments as in `PooledProbe`.
+
+    Sums are kept as logarithms, so that tokens whose probability is too small for a float still tell apart.
+    """
 
     name = "mil"
 
     def pool(self, readings: Tensor, layout: Layout) -> Pooled:
-        each = _softplus(readings[:, 0])
-        total = each[: layout.counts[0]].clone()
-        for position, first, last, count in layout.blocks():
-            if position:
-                total[:count] += each[first:last]
-        return Pooled(_log_odds(total), total)
+        each = _log_softplus(readings[:, 0])
+        top = each[: layout.counts[0]].clone()
+        for _, first, last, count in layout.blocks():
+            torch.maximum(top[:count], each[first:last], out=top[:count])
+        total = torch.zeros_like(top)
+        for _, first, last, count in layout.blocks():
+            total[:count] += torch.exp(each[first:last] - top[:count])
+        total = top + torch.log(total)
+        return Pooled(_log_odds(total), (each, total))
 
     def spread(self, along: Tensor, readings: Tensor, pooled: Pooled, layout: Layout) -> Tensor:
-        out = torch.sigmoid(readings)
-        share = along / -torch.expm1(-pooled.kept)
+        each, total = pooled.kept
+        share, out = along * _log_odds_slope(total), torch.empty_like(readings)
         for _, first, last, count in layout.blocks():
-            out[first:last, 0] *= share[:count]
-        return out
+            out[first:last, 0] = share[:count] * torch.exp(each[first:last] - total[:count])
+        return out * _log_softplus_slope(readings, each[:, None])
 
     def growth(
         self, parameters: Tensor, within: Tensor, readings: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Mean of log(1 + exp(reading)) over all tokens: what one token adds to S on average."""
-        tokens = len(readings)
-        return _softplus(readings[:, 0]).mean(0), None, torch.sigmoid(readings) / tokens
+        """Logarithm of the mean of log(1 + exp(reading)) over all tokens: what one token adds to S."""
+        each = _log_softplus(readings)
+        whole = torch.logsumexp(each, 0)
+        share = torch.exp(each - whole) * _log_softplus_slope(readings, each)
+        return whole[0] - log(len(readings)), None, share
 
     def expected(self, lengths: Tensor, typical: float, growth: Tensor) -> tuple[Tensor, Tensor]:
         """The log-odds of S = T times the average, less those at the typical length."""
-        tokens = lengths.to(torch.float64)[:, None]
-        total, middle = tokens * growth, typical * growth
-        slope = tokens / -torch.expm1(-total) - typical / -torch.expm1(-middle)
+        total = torch.log(lengths.to(torch.float64))[:, None] + growth
+        middle = log(typical) + growth
+        slope = _log_odds_slope(total) - _log_odds_slope(middle)
         return _log_odds(total) - _log_odds(middle), slope
 
     def running(self) -> Running:
@@ -68,16 +78,26 @@ class MILProbe(PooledProbe):
 
 class _Running(Running):
     def add(self, readings: Tensor) -> Tensor:
-        value = _softplus(readings[:, 0])
-        self._total = value if self.count == 1 else self._total + value
+        value = _log_softplus(readings[:, 0])
+        self._total = value if self.count == 1 else torch.logaddexp(self._total, value)
         return _log_odds(self._total)
 
 
-def _softplus(z: Tensor) -> Tensor:
-    z = z.clamp_min(LEAST)
-    return torch.where(z < -30, torch.exp(z), torch.nn.functional.softplus(z, threshold=700.0))
+def _log_softplus(z: Tensor) -> Tensor:
+    """log(log(1 + exp(z)))."""
+    return torch.where(z < SMALL, z, torch.log(torch.nn.functional.softplus(z.clamp_min(SMALL))))
+
+
+def _log_softplus_slope(z: Tensor, value: Tensor) -> Tensor:
+    return torch.where(z < SMALL, 1.0, torch.sigmoid(z) * torch.exp(-value.clamp_min(SMALL - 1)))
 
 
 def _log_odds(total: Tensor) -> Tensor:
-    """log(exp(S) - 1) without overflow."""
-    return total + torch.log(-torch.expm1(-total))
+    """log(exp(S) - 1) from log(S)."""
+    s = torch.exp(total.clamp_min(SMALL))
+    return torch.where(total < SMALL, total, s + torch.log(-torch.expm1(-s)))
+
+
+def _log_odds_slope(total: Tensor) -> Tensor:
+    s = torch.exp(total.clamp_min(SMALL))
+    return torch.where(total < SMALL, 1.0, s / -torch.expm1(-s))

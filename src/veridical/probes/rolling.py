@@ -42,8 +42,8 @@ class RollingProbe(PooledProbe):
         window: int = 5,
         standardise: bool = True,
         adjust_length: bool = True,
-        tol: float = 1e-6,
-        max_iter: int = 500,
+        tol: float = 1e-5,
+        max_iter: int = 1000,
     ) -> None:
         super().__init__(C, standardise=standardise, adjust_length=adjust_length, tol=tol, max_iter=max_iter)
         self.window = window

@@ -134,8 +134,7 @@ class _Sweep:
         self.source, self.task, self.config, self.probe = source, task, config, probe
         self.groups = source.groups[task.fit]
         self.pairs = group_codes(self.groups, len(self.groups))
-        named = {name: getattr(probe, name) for name in probe.columns}
-        self.columns = {name: source.column(at)[task.fit] for name, at in named.items() if at is not None}
+        self.columns = probe.beside(source, task.fit)
         self.folds = folds(self.groups, config.folds, config.seed, task.positive[task.fit])
         self.fit_labels = self._with_shuffles(task.fit, 2)
         self.test_labels = self._with_shuffles(task.test, 3)
