@@ -10,6 +10,7 @@ import numpy as np
 from veridical.reporting import figures
 
 if TYPE_CHECKING:
+    import pandas as pd
     import plotly.graph_objects as go
 
     from veridical.probes.calibration import Calibration
@@ -285,3 +286,29 @@ def by_pairs(curve: LearningCurve) -> go.Figure:
         "AUROC on held-out pairs",
         y_range=(max(0.0, lowest - 0.05), 1.02),
     )
+
+
+def dots(table: pd.DataFrame, title: str) -> go.Figure:
+    """AUROC of each line of a table (`probe`, `auroc` and its interval) as a dot with its whiskers."""
+    import plotly.graph_objects as go
+
+    names = [figures.plain(name, 40) for name in table["probe"]]
+    middle = table["auroc"].to_numpy(dtype=float)
+    figure = figures.figure()
+    figure.add_trace(
+        go.Scatter(
+            x=names,
+            y=middle.tolist(),
+            mode="markers",
+            marker={"size": 10, "color": figures.BLUE},
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": (table["auroc_high"].to_numpy(dtype=float) - middle).tolist(),
+                "arrayminus": (middle - table["auroc_low"].to_numpy(dtype=float)).tolist(),
+            },
+            hovertemplate="%{x}: %{y:.3f}<extra></extra>",
+        )
+    )
+    figures.reference_line(figure, 0.5, "chance")
+    return figures.style(figure, figures.plain(title), "", "AUROC on held-out pairs", legend=False)
