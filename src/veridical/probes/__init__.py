@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from veridical.probes.judged import judge_probe
     from veridical.probes.lat import LATProbe
     from veridical.probes.lda import LDAProbe
+    from veridical.probes.learning import learning_curve
     from veridical.probes.logistic import LogisticProbe
     from veridical.probes.mass_mean import MassMeanProbe
     from veridical.probes.max_tokens import MaxTokenProbe
     from veridical.probes.mean_tokens import MeanTokenProbe
     from veridical.probes.mil import MILProbe
+    from veridical.probes.model_transfer import transfer_to
     from veridical.probes.result import ProbeSweep
     from veridical.probes.ridge import RidgeProbe
     from veridical.probes.rolling import RollingProbe
@@ -67,8 +69,10 @@ _HOME = {
     "fit_probes": "sweep",
     "honesty_protocol": "honesty",
     "judge_probe": "judged",
+    "learning_curve": "learning",
     "load_probe": "saved",
     "transfer_matrix": "transfer",
+    "transfer_to": "model_transfer",
     "view_tokens": "tokens",
 }
 __all__ = [
@@ -95,8 +99,10 @@ __all__ = [
     "fit_probes",
     "honesty_protocol",
     "judge_probe",
+    "learning_curve",
     "load_probe",
     "transfer_matrix",
+    "transfer_to",
     "view_tokens",
 ]
 
