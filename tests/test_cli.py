@@ -34,7 +34,10 @@ def fails(capsys, *words):
     return said.err
 
 
-@pytest.mark.parametrize("words", [("--help",), ("probe", "--help"), ("ls", "--help"), ("demo", "--help")])
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("probe", "--help"), ("ls", "--help"), ("demo", "--help"), ("probe", "eval", "--help")],
+)
 def test_help_is_light_and_has_an_example(words):
     code = (
         "import sys; from veridical import cli; status = cli.main(sys.argv[1:]);"
@@ -151,6 +154,13 @@ def test_a_verb_has_every_option_of_the_api_it_stands_on():
         (["probe", "--config", "nowhere.yaml"], "no recipe at nowhere.yaml"),
         (["probe"], "probe needs --model"),
         (["probe", "--model", "m"], "probe needs --data"),
+        (["probe", "evil"], "unknown job of veridical probe: 'evil'; nearest: eval"),
+        (["probe", "fit"], "probe needs --model"),
+        (["probe", "eval"], "probe eval needs the folder of a saved probe"),
+        (["probe", "eval", "nowhere", "--model", "m"], "probe eval needs --data"),
+        (["probe", "eval", "nowhere", "--model", "m", "--data", "d"], "no config.json in nowhere"),
+        (["probe", "transfer", "--model", "m", "--data", "a"], "or one with --by COLUMN"),
+        (["probe", "monitor", "nowhere"], "probe monitor needs --model"),
         (["collect", "--data", "d"], "collect needs --model"),
         (["probe", "--model", "m", "--data", "d", "--limit", "0"], "expected at least one pair"),
         (["report"], "report needs at least one folder"),

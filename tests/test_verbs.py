@@ -177,6 +177,65 @@ def test_a_saved_run_reports_as_it_did_live(capsys, llama, statements, tmp_path)
     assert before.split("<main")[1].split("</main>")[0] == after.split("<main")[1].split("</main>")[0]
 
 
+def test_a_saved_probe_is_judged_on_other_data(capsys, llama, bert, statements, tmp_path):
+    run(capsys, "probe", "--model", llama, "--data", statements, "--out", tmp_path / "run", *QUICK)
+    best = tmp_path / "run" / "sweep" / "best"
+    words = ("--data", statements, "--bootstrap", "20", "--out", tmp_path / "eval")
+    run(capsys, "probe", "eval", best, "--model", llama, *words)
+    figures = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert figures["rows"] == 80
+    assert [line["who"] for line in figures["figures"]] == ["probe", "text alone"]
+    assert 0 <= figures["figures"][0]["auroc_low"] <= figures["figures"][0]["auroc"] <= 1
+    assert (tmp_path / "eval" / "report.html").is_file()
+    status = cli.main([str(w) for w in ("probe", "eval", best, "--model", bert, *words)])
+    said = capsys.readouterr().err
+    assert status == 2
+    assert "fitted on another model" in said
+    assert said.count("\n") == 1
+
+
+def test_transfer_between_two_data_sets_and_between_the_parts_of_one(capsys, llama, statements, tmp_path):
+    other = tmp_path / "other.csv"
+    frame = pd.read_csv(statements)
+    frame["pair"] += 1000
+    frame["prompt"] += " indeed"
+    frame.to_csv(other, index=False)
+    words = ("--model", llama, "--bootstrap", "20", "--folds", "3", "--strengths", "0.01")
+    both = ("--data", f"{statements},{other}", "--out", tmp_path / "both")
+    run(capsys, "probe", "transfer", *words, *both)
+    cells = json.loads((tmp_path / "both" / "metrics.json").read_text())["cells"]
+    assert [(c["trained_on"], c["tested_on"]) for c in cells] == [
+        (a, b) for a in ("pairs", "other") for b in ("pairs", "other")
+    ]
+    parts = ("--data", statements, "--by", "kind", "--out", tmp_path / "parts")
+    run(capsys, "probe", "transfer", *words, *parts)
+    cells = json.loads((tmp_path / "parts" / "metrics.json").read_text())["cells"]
+    assert {c["trained_on"] for c in cells} == {"a", "b"}
+    assert (tmp_path / "parts" / "report.html").is_file()
+    assert cli.main([str(w) for w in ("probe", "transfer", *words, "--data", statements)]) == 2
+    assert "--by" in capsys.readouterr().err
+
+
+def test_a_probe_is_watched_while_the_model_answers(capsys, llama, statements, tmp_path):
+    run(capsys, "probe", "--model", llama, "--data", statements, "--out", tmp_path / "run", *QUICK)
+    best = tmp_path / "run" / "sweep" / "best"
+    words = ("--model", llama, "--max-new-tokens", "5", "--out", tmp_path / "watch")
+    run(capsys, "probe", "monitor", best, *words, "--prompts", "the <b>red</b> fish", "a city")
+    tokens = pd.read_csv(tmp_path / "watch" / "tokens.csv")
+    assert tokens["row"].nunique() == 2
+    assert tokens["generated"].any()
+    assert np.isfinite(tokens["score"]).all()
+    page = (tmp_path / "watch" / "report.html").read_text()
+    assert "<b>red</b>" not in page
+    for wrong, said in (
+        ((), "either --prompts or --data"),
+        (("--prompts", "x", "--threshold", "fpr2"), "fpr"),
+        (("--prompts", "x", "--batch", "0"), "batch = 0"),
+    ):
+        assert cli.main([str(w) for w in ("probe", "monitor", best, *words, *wrong)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_limit_keeps_whole_pairs(llama, statements):
     options = cli.parse("probe", ["--model", llama, "--data", statements, "--limit", "12"])
     pairs = running.load_pairs(options, seed=0)

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from veridical.errors import VeridicalError
     from veridical.models import HookedModel, load
     from veridical.pairs import Pairs, check_beliefs
-    from veridical.probes import LogisticProbe, ProbeSweep, fit_probes, load_probe, view_tokens
+    from veridical.probes import (
+        LogisticProbe,
+        ProbeSweep,
+        causal_check,
+        fit_probes,
+        honesty_protocol,
+        load_probe,
+        transfer_matrix,
+        view_tokens,
+    )
     from veridical.reporting import report
     from veridical.sites import Site
 
@@ -27,12 +36,15 @@ __all__ = [
     "ProbeSweep",
     "Site",
     "VeridicalError",
+    "causal_check",
     "check_beliefs",
     "collect",
     "fit_probes",
+    "honesty_protocol",
     "load",
     "load_probe",
     "report",
+    "transfer_matrix",
     "view_tokens",
 ]
 
@@ -44,12 +56,15 @@ _HOME = {
     "ProbeSweep": "probes",
     "Site": "sites",
     "VeridicalError": "errors",
+    "causal_check": "probes",
     "check_beliefs": "pairs",
     "collect": "activations",
     "fit_probes": "probes",
+    "honesty_protocol": "probes",
     "load": "models",
     "load_probe": "probes",
     "report": "reporting",
+    "transfer_matrix": "probes",
     "view_tokens": "probes",
 }
 
