@@ -6,9 +6,9 @@ linear in `x_b` and so a probe of B. Two maps are there. Ridge regression predic
 regressing A's whole activation and then reading it is the same as regressing the decision value alone, which
 is what is done, with the penalty chosen on folds by pair. The orthogonal Procrustes map (Schonemann 1966, "A
 generalized solution of the orthogonal Procrustes problem") only turns, and scales once, so it asks more of
-the two models. That a linear map between models carries probes and steering vectors over is reported by
-Oozeer et al. (2025, arXiv:2503.04429). Beside the moved probe stand B's own and what maps fitted on shuffled
-pairs reach.
+the two models. That learned maps between the activations of two models carry interventions over is reported
+by Oozeer et al. (2025, arXiv:2503.04429). Beside the moved probe stand B's own and what maps fitted on
+shuffled pairs reach.
 """
 
 from __future__ import annotations
