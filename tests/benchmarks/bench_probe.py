@@ -39,7 +39,7 @@ from veridical.provenance import versions
 RESULTS = Path(__file__).parent / "results"
 STRENGTHS = tuple(10.0**power for power in range(-5, 3))
 SIZES = ((12, 768, 20.0), (4, 4096, 10.0))  # sites, width, the ratio that is asked for
-TOLERANCES = tuple(10.0**-power for power in range(1, 9))
+TOLERANCES = tuple(10.0**-power for power in range(1, 7))
 
 
 @dataclass(frozen=True)
