@@ -60,7 +60,7 @@ class Calibration:
         for method, figures in self.errors.items():
             line: dict[str, Any] = {"method": method}
             for name, value in figures.items():
-                line |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+                line |= value.columns(name)
             lines.append(line)
         return pd.DataFrame(lines)
 

@@ -27,6 +27,10 @@ class Estimate:
     low: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float]:
+        """The figure and the ends of its interval as columns of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """AUROC of each column of `scores` `[n, k]` for labels `[n]` or `[n, k]`; NaN with one class."""

@@ -83,11 +83,7 @@ def shares_above(
         }
         for name, threshold in thresholds.items():
             rate = evaluate.share(scores > threshold, weights)
-            line |= {
-                f"fires_{name}": rate.value,
-                f"fires_{name}_low": rate.low,
-                f"fires_{name}_high": rate.high,
-            }
+            line |= rate.columns(f"fires_{name}")
         lines.append({**line, **{f"threshold_{name}": value for name, value in thresholds.items()}})
     return pd.DataFrame(lines) if lines else None
 

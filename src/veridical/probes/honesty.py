@@ -229,11 +229,11 @@ class _Protocol:
             "auroc_told_of_truthful": (true_answers, r.told),
         }
         for name, (among, positive) in labels.items():
-            line |= _spread(name, self._auroc(scores, positive, part & among))
+            line |= self._auroc(scores, positive, part & among).columns(name)
         if text is not None:
             among, positive = labels["auroc_told" if instruction else "auroc_lied"]
             rows = np.flatnonzero(part & among)
-            line |= _spread("lead_over_text", self._lead(scores, text, positive, rows))
+            line |= self._lead(scores, text, positive, rows).columns("lead_over_text")
         kinds = {
             "recall": r.lied & r.told & r.known,
             "confused": r.confused,
@@ -245,7 +245,7 @@ class _Protocol:
             for name, among in kinds.items():
                 rows = np.flatnonzero(part & among)
                 found = evaluate.share(flags[rows], self.weights[:, rows]) if len(rows) else _NONE
-                line |= _spread(f"{name}_{said}", found)
+                line |= found.columns(f"{name}_{said}")
         return line
 
     def _auroc(self, scores: np.ndarray, positive: np.ndarray, part: np.ndarray) -> evaluate.Estimate:
@@ -337,10 +337,6 @@ class _Protocol:
 
 
 _NONE = evaluate.Estimate(float("nan"), float("nan"), float("nan"))
-
-
-def _spread(name: str, value: evaluate.Estimate) -> dict[str, float]:
-    return {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
 
 
 def _estimators(probe: Estimators) -> dict[str, LinearProbe]:

@@ -184,7 +184,7 @@ def _text(source: Source, rows: np.ndarray, positive: np.ndarray, config: ProbeC
 def _line(who: str, metrics: Mapping[str, Estimate]) -> dict[str, Any]:
     line: dict[str, Any] = {"who": who}
     for name, value in metrics.items():
-        line |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
+        line |= value.columns(name)
     return line
 
 

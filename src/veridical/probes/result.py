@@ -270,19 +270,19 @@ class ProbeSweep:
     def _figures(self, result: SiteResult) -> dict[str, float]:
         line: dict[str, float] = {}
         for name in METRICS:
-            line |= _spread(name, result.metrics[name])
+            line |= result.metrics[name].columns(name)
         line["shuffled_auroc"] = _mean(result.control)
         line["shuffled_auroc_p95"] = (
             float(np.quantile(result.control, 0.95)) if len(result.control) else np.nan
         )
         if result.selectivity is not None:
-            line |= _spread("selectivity", result.selectivity)
+            line |= result.selectivity.columns("selectivity")
         if len(result.random):
             line["random_direction_auroc"] = _mean(result.random)
             line["random_direction_auroc_p95"] = float(np.quantile(result.random, 0.95))
         if self.text is not None and result.lead_over_text is not None:
-            line |= _spread("text_auroc", self.text["auroc"])
-            line |= _spread("lead_over_text", result.lead_over_text)
+            line |= self.text["auroc"].columns("text_auroc")
+            line |= result.lead_over_text.columns("lead_over_text")
         return line
 
     def _origin(self, result: SiteResult) -> Origin:
@@ -336,10 +336,6 @@ def _counts(source: Source, task: Task) -> dict[str, Any]:
         "split": task.split,
         "excluded": dict(task.excluded),
     }
-
-
-def _spread(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
 def _mean(values: np.ndarray) -> float:

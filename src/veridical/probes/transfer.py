@@ -395,5 +395,4 @@ def _sites(sets: Sequence[_Set], site: str | None) -> list[str]:
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:
     """The first of the values, and the interval of the others."""
-    found = evaluate.estimate(values[0], values[1:])
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    return evaluate.estimate(values[0], values[1:]).columns(name)
