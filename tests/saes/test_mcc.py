@@ -66,7 +66,7 @@ def test_the_opposite_direction_is_not_the_feature():
 
 def test_bad_input_is_named():
     planted = unit(3, 4, 0)
-    with pytest.raises(InputError, match="width 5.*features 4"):
+    with pytest.raises(InputError, match=r"width 5.*features 4"):
         match_features(unit(3, 5, 0), planted)
     with pytest.raises(InputError, match="length 0"):
         match_features(planted, torch.zeros(3, 4))

@@ -27,7 +27,7 @@ class HeldOut:
     Attributes:
         count: Number of rows.
         groups: `[count]`, code of the text or pair of each row, from 0 without gaps.
-        read: Rows of a block to inputs `[rows, ...]` and targets `[rows, ...]`, block after block in order.
+        read: Rows of a block to inputs `[rows, d_in]` and targets `[rows, d_out]`, block after block.
         facts: Where they come from, for the record.
         notes: What a reader should know of them.
     """
@@ -48,7 +48,7 @@ class HeldOut:
         at = 0
         for x, y in self.read(size):
             for what in (x, y):
-                finite = torch.isfinite(what).flatten(1).all(1)
+                finite = torch.isfinite(what).all(1)
                 if not bool(finite.all()):
                     row = at + int(torch.argmin(finite.to(torch.int8)))
                     raise NonFiniteError(f"the activations have NaN or infinity in row {row}")
@@ -78,20 +78,20 @@ def held_out(sae: SAE, data: Any, *, target: Any = None, groups: Any = None) -> 
         x = torch.as_tensor(data)
         made = _of_tensors(x, x if target is None else torch.as_tensor(target))
     elif hasattr(data, "chunks") and hasattr(data, "index"):
-        made, facts = _of_store(data, _sites(sae, data.sites))
+        made, facts = _of_store(data, _sites(sae, data.sites), config.architecture == "crosscoder")
         groups = data.groups if groups is None else groups
     elif isinstance(data, dict):
         sites = _sites(sae, list(data))
         parts = [torch.as_tensor(data[site]) for site in sites]
         if config.architecture == "crosscoder":
-            x = torch.stack([part.flatten(1) for part in parts], 1)
+            x = torch.cat([part.flatten(1) for part in parts], 1)
             made = _of_tensors(x, x)
         else:
             made = _of_tensors(parts[0], parts[-1])
     else:
         raise InputError(
-            f"data is a {type(data).__name__}; expected Activations, a tensor [rows, d], or a mapping of site "
-            "to tensor"
+            f"data is a {type(data).__name__}; expected Activations, a tensor [rows, d], or a mapping of "
+            "site to tensor"
         )
     count, read, widths = made
     _check_widths(sae, widths)
@@ -121,34 +121,33 @@ def _sites(sae: SAE, has: list[str]) -> list[str]:
     return [site_name(site, has) for site in named]
 
 
-_Made = tuple[int, Callable[[int], Iterator[tuple[Tensor, Tensor]]], tuple[tuple[int, ...], tuple[int, ...]]]
+_Made = tuple[int, Callable[[int], Iterator[tuple[Tensor, Tensor]]], tuple[int, int]]
 
 
 def _of_tensors(x: Tensor, y: Tensor) -> _Made:
     if x.dim() < 2 or y.dim() < 2 or len(x) != len(y):
         raise InputError(
-            f"inputs have shape {tuple(x.shape)} and targets {tuple(y.shape)}; expected [rows, d] of as many rows"
+            f"inputs have shape {tuple(x.shape)} and targets {tuple(y.shape)}; expected [rows, d] with as "
+            "many rows"
         )
 
     def read(size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for at in range(0, len(x), size):
-            yield x[at : at + size], y[at : at + size]
+            yield x[at : at + size].flatten(1), y[at : at + size].flatten(1)
 
-    return len(x), read, (tuple(x.shape[1:]), tuple(y.shape[1:]))
+    return len(x), read, (x[0].numel(), y[0].numel()) if len(x) else (0, 0)
 
 
-def _of_store(acts: Activations, sites: list[str]) -> tuple[_Made, dict[str, Any]]:
+def _of_store(acts: Activations, sites: list[str], together: bool) -> tuple[_Made, dict[str, Any]]:
     def read(size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for parts in zip(*(acts.chunks(site, size) for site in dict.fromkeys(sites))):
             flat = [part.flatten(1) for part in parts]
-            if len(flat) > 2:
-                together = torch.stack(flat, 1)
-                yield together, together
-            else:
-                yield flat[0], flat[-1]
+            if together:
+                flat = [torch.cat(flat, 1)]
+            yield flat[0], flat[-1]
 
-    shapes = [int(np.prod(acts._source.shapes[acts._site(site)])) for site in sites]
-    widths = ((shapes[0],), (shapes[-1],))
+    widths = [acts.moments[site].mean.numel() for site in sites]
+    both = (sum(widths), sum(widths)) if together else (widths[0], widths[-1])
     facts = {
         "model": acts.request.model.get("path"),
         "model_fingerprint": acts.request.model["fingerprint"],
@@ -156,10 +155,10 @@ def _of_store(acts: Activations, sites: list[str]) -> tuple[_Made, dict[str, Any
         "tokens": str(acts.request.tokens["selection"]),
         "site": sites[0],
     }
-    return (len(acts), read, widths), facts
+    return (len(acts), read, both), facts
 
 
-def _check_widths(sae: SAE, widths: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+def _check_widths(sae: SAE, widths: tuple[int, int]) -> None:
     for width, wanted, what in zip(widths, (sae.d_in, sae.d_out), ("reads", "writes")):
-        if int(np.prod(width)) != wanted and width[-1] != wanted:
-            raise InputError(f"the SAE {what} {wanted} dimensions; the data have {'x'.join(map(str, width))}")
+        if width not in (0, wanted):
+            raise InputError(f"the SAE {what} {wanted} dimensions; the data have {width}")

@@ -119,12 +119,11 @@ def places(model: HookedModel, sae: SAE, site: str | None = None) -> tuple[str, 
             "a crosscoder reads several sites or models at once and has no one place in a model; evaluate it "
             "on its activations"
         )
-    own = getattr(config, "target_site", None) if config.architecture == "transcoder" else None
     source = site or config.site
     if source is None:
         raise InputError("this SAE does not say which site it reads; give site=...")
     read = _one(model, source, sae.d_in, "reads")
-    return read, _one(model, own or source, sae.d_out, "writes")
+    return read, _one(model, config.target_site or source, sae.d_out, "writes")
 
 
 def hooks_for(
