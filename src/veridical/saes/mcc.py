@@ -3,8 +3,9 @@
 The mean of the cosines between planted features and the latents that are matched to them, one to one, so
 that the sum of cosines is largest (Hungarian matching, `scipy.optimize.linear_sum_assignment`). One to one
 matters: with each feature's nearest latent (the mean maximum cosine of Sharkey, Braun and Millidge 2022) a
-latent that sits between two features counts for both, and a dictionary that found half of them can look nearly
-whole. Decoder norms play no part. A cosine is signed, since a latent adds its direction and never takes it away.
+latent that sits between two features counts for both, and a dictionary that found half of them can look
+nearly whole. Decoder norms play no part. A cosine is signed, since a latent adds its direction and never
+takes it away.
 """
 
 from __future__ import annotations

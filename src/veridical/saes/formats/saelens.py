@@ -150,8 +150,8 @@ def _theirs(sae: SAE) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         return "topk", {"k": config.k, "rescale_acts_by_decoder_norm": False}, bias
     skip = " with a skip path" if config.skip else ""
     raise InputError(
-        f"SAELens has no class for a {config.architecture} from width {sae.d_in} to {sae.d_out}{skip}; save it "
-        "in Veridical's own layout"
+        f"SAELens has no class for a {config.architecture} from width {sae.d_in} to {sae.d_out}{skip}; save "
+        "it in Veridical's own layout"
     )
 
 
