@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         view_tokens,
     )
     from veridical.reporting import report
+    from veridical.saes import SAEConfig, train_saes
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "LogisticProbe",
     "Pairs",
     "ProbeSweep",
+    "SAEConfig",
     "Site",
     "VeridicalError",
     "causal_check",
@@ -44,6 +46,7 @@ __all__ = [
     "load",
     "load_probe",
     "report",
+    "train_saes",
     "transfer_matrix",
     "view_tokens",
 ]
@@ -54,6 +57,7 @@ _HOME = {
     "LogisticProbe": "probes",
     "Pairs": "pairs",
     "ProbeSweep": "probes",
+    "SAEConfig": "saes",
     "Site": "sites",
     "VeridicalError": "errors",
     "causal_check": "probes",
@@ -64,6 +68,7 @@ _HOME = {
     "load": "models",
     "load_probe": "probes",
     "report": "reporting",
+    "train_saes": "saes",
     "transfer_matrix": "probes",
     "view_tokens": "probes",
 }

@@ -1,6 +1,12 @@
-"""Sparse autoencoders: one file per architecture, one trainer for many of them over one stream of activations.
+"""Sparse autoencoders: one file per architecture, one trainer for many over one stream of activations.
 
-`config` says what one SAE is, `base` is what all share, `kinds` their names.
+`config` says what one SAE is, `base` is what all share, `kinds` their names: `relu`, `gated`, `jumprelu` pay
+a penalty for active latents; `topk`, `batch_topk`, `matryoshka`, `transcoder`, `crosscoder` keep a number of
+them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead latents.
+
+`train_saes` in `trainer` steps members of like shape as one (`group`), over vectors from a store, tensors, an
+iterator or a running model (`stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
+vectors, `runs` is what comes back. `latent_scaling` checks a crosscoder's exclusive latents.
 """
 
 from __future__ import annotations
@@ -11,12 +17,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veridical.saes.base import SAE
     from veridical.saes.config import SAEConfig
+    from veridical.saes.latent_scaling import LatentScaling, latent_scaling
+    from veridical.saes.runs import SAERuns
+    from veridical.saes.trainer import train_saes
 
 _HOME = {
     "SAE": "base",
+    "LatentScaling": "latent_scaling",
     "SAEConfig": "config",
+    "SAERuns": "runs",
+    "latent_scaling": "latent_scaling",
+    "train_saes": "trainer",
 }
-__all__ = ["SAE", "SAEConfig"]
+__all__ = ["SAE", "LatentScaling", "SAEConfig", "SAERuns", "latent_scaling", "train_saes"]
 
 
 def __getattr__(name: str) -> Any:

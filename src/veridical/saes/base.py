@@ -8,6 +8,7 @@ outputs divided by `scale_out`; `folded` puts both into the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from veridical.errors import ConfigError, DataError
 from veridical.saes.config import SAEConfig
+from veridical.saes.median import geometric_median
 
 FIRED = 1e-3
-"""A latent fires where it exceeds this (Gao et al. 2024); a latent that was picked with value 0 did not fire."""
+"""A latent fires where it exceeds this (Gao et al. 2024); one that was picked with value 0 did not fire."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class SAE(nn.Module):
         return self.inputs(x) @ self.W_enc.mT + self.row(self.b_enc)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Latents of `x [..., d_in]`, dense: `[..., F]` (`[N, B, F]` for a stack), in units of the weights."""
+        """Latents of `x [..., d_in]`, dense: `[..., F]` (`[N, B, F]` for a stack), in the weights' units."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -138,8 +140,8 @@ class SAE(nn.Module):
         raise NotImplementedError
 
     def inputs(self, x: Tensor) -> Tensor:
-        """`x` as the encoder reads it: in units of the weights, centred on the decoder bias if the architecture
-        does that."""
+        """`x` as the encoder reads it: in units of the weights, centred on the decoder bias where the
+        architecture does that."""
         x = x.to(self.W_enc.dtype) * self.scale
         return x - self.row(self.b_dec) if self.centred else x
 
@@ -197,6 +199,36 @@ class SAE(nn.Module):
     # Scales and norms
 
     @torch.no_grad()
+    def calibrate(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Sets scales, decoder bias and variance from a sample of the data, raw units.
+
+        Args:
+            x: Inputs `[B, d_in]`.
+            y: Targets `[B, d_out]`; the inputs when not given.
+
+        Raises:
+            DataError: Vectors that are all zero, or all the same.
+        """
+        y = x if y is None else y
+        if self.config.normalise == "mean_norm":
+            self.set_scales(x.double(), y.double())
+        target = self.targets(x, y).double()
+        middle = {"mean": target.mean(0), "zero": torch.zeros_like(target[0])}
+        for number, config in enumerate(self.configs):
+            if config.bias_init not in middle:
+                middle[config.bias_init] = geometric_median(target)
+            (self.b_dec[number] if self.stacked else self.b_dec).copy_(middle[config.bias_init])
+        variance = (target - target.mean(0)).square().sum(-1).mean()
+        if not variance > 0:
+            raise DataError(f"{len(target)} vectors are all the same: there is nothing to reconstruct")
+        self.variance.copy_(variance)
+
+    def set_scales(self, x: Tensor, y: Tensor) -> None:
+        """Factors that bring a sample of inputs and targets to a mean norm of sqrt(d)."""
+        self.scale.copy_(unit_factor(x))
+        self.scale_out.copy_(unit_factor(y))
+
+    @torch.no_grad()
     def folded(self) -> Self:
         """The same SAE with both scales put into its weights: same output, latents in raw units.
 
@@ -205,11 +237,7 @@ class SAE(nn.Module):
         """
         made = type(self)(self.configs if self.stacked else self.config, self.d_in, self.d_out)
         state = {name: value.clone() for name, value in self.state_dict().items()}
-        for name in self.homogeneous:
-            state[name] /= self.scale_out
-        state["W_enc"] *= self.scale / self.scale_out
-        state["variance"] /= self.scale_out.square()
-        state["scale"], state["scale_out"] = torch.ones_like(self.scale), torch.ones_like(self.scale_out)
+        self._fold(state)
         made.load_state_dict(state)
         return made.to(self.W_enc.device)
 
@@ -226,6 +254,13 @@ class SAE(nn.Module):
         if self.unit_norm and self.W_dec.grad is not None:
             along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
             self.W_dec.grad.sub_(along * self.W_dec)
+
+    def _fold(self, state: dict[str, Tensor]) -> None:
+        for name in self.homogeneous:
+            state[name] /= self.scale_out
+        state["W_enc"] *= self.scale / self.scale_out
+        state["variance"] /= self.scale_out.square()
+        state["scale"], state["scale_out"] = torch.ones_like(self.scale), torch.ones_like(self.scale_out)
 
     def describe(self) -> str:
         """`k 32`, or the penalty: what decides the sparsity, in a word or two."""
@@ -255,6 +290,14 @@ class SAE(nn.Module):
 def unit_rows(matrix: Tensor) -> Tensor:
     """`matrix [..., n, d]` with each row divided by its norm; a row of zeros stays."""
     return matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def unit_factor(vectors: Tensor) -> float:
+    """What brings `vectors [n, d]` to a mean norm of sqrt(d)."""
+    norm = float(vectors.norm(dim=-1).mean())
+    if not norm > 0:
+        raise DataError(f"{len(vectors)} vectors are all zero: they cannot be scaled")
+    return math.sqrt(vectors.shape[-1]) / norm
 
 
 def per_member(values: Tensor) -> Tensor:

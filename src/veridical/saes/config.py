@@ -39,8 +39,8 @@ class SAEConfig:
     """Latents that are active for one token (on average over the batch for batch_topk, matryoshka and
     crosscoder). Not used by relu, gated and jumprelu."""
     sparsity: float | None = None
-    """Coefficient of the sparsity penalty of relu, gated (5 when not given) and jumprelu (1), for inputs scaled
-    to a mean norm of sqrt(d)."""
+    """Coefficient of the sparsity penalty of relu, gated (5 when not given) and jumprelu (1), for inputs
+    scaled to a mean norm of sqrt(d)."""
     site: str | None = None
     """Site whose activations are read; needed only where the data hold several."""
     target_site: str | None = None
@@ -51,8 +51,9 @@ class SAEConfig:
     """Give a transcoder a linear path from input to output beside its latents."""
     prefixes: tuple[int, ...] = ()
     """Nested widths of a matryoshka, each reconstructing by itself; F/16, F/8, F/4, F/2, F when not given."""
-    bandwidth: float = 1e-3
-    """Width of the window in which jumprelu's threshold gets a gradient, in units of the scaled input."""
+    bandwidth: float = 0.05
+    """Width of the window in which jumprelu's threshold gets a gradient, for inputs scaled to a mean norm of
+    sqrt(d) (0.001 for inputs of norm 1 in the paper)."""
 
     lr: float | None = None
     """Peak learning rate of Adam; 2e-4 / sqrt(F / 2**14) when not given (Gao et al. 2024)."""
@@ -76,15 +77,15 @@ class SAEConfig:
     """Dead latents that the auxiliary loss activates for a token; the power of two nearest to half the input
     width when not given."""
     aux_variant: Literal["relu", "signed"] = "relu"
-    """How the auxiliary loss reads a dead latent. `relu`, as published: its activation, so that a latent whose
-    pre-activation is never positive gets no gradient and stays dead. `signed`: its raw pre-activation, which
-    revives those too."""
+    """How the auxiliary loss reads a dead latent. `relu`, as published: its activation, so that a latent
+    whose pre-activation is never positive gets no gradient and stays dead. `signed`: its raw pre-activation,
+    which revives those too."""
     dead_after: int = 10_000_000
     """Tokens without an activation above 1e-3 after which a latent is dead; at most a tenth of the run."""
 
     bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
-    """What the decoder bias starts at. The geometric median is the mean's robust kin: a few huge vectors do not
-    move it."""
+    """What the decoder bias starts at. The geometric median is the mean's robust kin: a few huge vectors do
+    not move it."""
     normalise: Literal["mean_norm", "none"] = "mean_norm"
     """`mean_norm` scales inputs to a mean norm of sqrt(d), so that learning rates and penalties mean the same
     at every site; the scale is folded into the weights when the SAE is saved."""
@@ -161,8 +162,8 @@ class SAEConfig:
                 raise ConfigError(f"{self.label}: {option} is {value}; expected a finite number, 0 or more")
         if self.architecture not in PENALISED and self.k > width:
             raise ConfigError(
-                f"{self.label}: k is {self.k}, but there are only {width} latents (input width {d_in}); expected "
-                "k of at most the width"
+                f"{self.label}: k is {self.k}, but there are only {width} latents (input width {d_in}); "
+                "expected k of at most the width"
             )
         self._check_sites()
         self._check_prefixes(width)
@@ -173,7 +174,7 @@ class SAEConfig:
             raise ConfigError(f"{self.label}: a transcoder names both site and target_site, or neither")
         if kind != "transcoder" and (self.target_site is not None or self.skip):
             raise ConfigError(f"{self.label}: target_site and skip belong to a transcoder; this is a {kind}")
-        if kind == "crosscoder" and (self.site is not None or len(self.sites) == 1):
+        if kind == "crosscoder" and (self.site is not None or len(self.sites) < 2):
             raise ConfigError(f"{self.label}: a crosscoder reads two or more `sites`, not one site")
         if kind != "crosscoder" and self.sites:
             raise ConfigError(f"{self.label}: sites belongs to a crosscoder; a {kind} reads one site")
@@ -188,5 +189,6 @@ class SAEConfig:
         rising = all(low < high for low, high in zip((0, *self.prefixes), self.prefixes))
         if not rising or self.prefixes[-1] != width:
             raise ConfigError(
-                f"{self.label}: prefixes are {self.prefixes}; expected rising widths that end at {width} latents"
+                f"{self.label}: prefixes are {self.prefixes}; expected rising widths that end at the SAE's, "
+                f"{width}"
             )

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 KINDS = {
     "relu": "ReLU",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
     "topk": "TopK",
+    "batch_topk": "BatchTopK",
+    "matryoshka": "Matryoshka",
+    "transcoder": "Transcoder",
+    "crosscoder": "Crosscoder",
 }
 """Module of `veridical.saes` and class of each architecture; a new architecture is one more line."""
 

@@ -1,8 +1,8 @@
 """ReLU with an L1 penalty: the classic sparse autoencoder.
 
-Cunningham et al. 2023 (arXiv:2309.08600); Bricken et al. 2023, "Towards Monosemanticity"; the penalty weighted
-by decoder norms as in Conerly et al. 2024 (transformer-circuits.pub/2024/april-update), which with unit-norm
-rows is plain L1:
+Cunningham et al. 2023 (arXiv:2309.08600); Bricken et al. 2023, "Towards Monosemanticity"; the penalty
+weighted by decoder norms as in Conerly et al. 2024 (transformer-circuits.pub/2024/april-update), which with
+unit-norm rows is plain L1:
 
     f = ReLU(W_enc (x - b_dec) + b_enc)
     loss = |x - x̂|² + λ Σ_i f_i |W_dec,i|
@@ -34,11 +34,11 @@ class ReLU(SAE):
         residual = self.targets(x, y) - (latents @ self.W_dec + self.row(self.b_dec))
         error = per_member(residual.square().sum(-1))
         l1 = per_member((latents * self.row(self.W_dec.norm(dim=-1))).sum(-1))
-        fired = latents.detach() > FIRED
+        l0 = per_member((latents.detach() > 0).sum(-1).to(error.dtype))
         return Loss(
             total=error + ramp * self.each([config.penalty for config in self.configs]) * l1,
-            parts=figures(fvu=error / self.variance, l1=l1, l0=per_member(fired.sum(-1).to(error.dtype))),
-            fired=fired.any(-2),
+            parts=figures(fvu=error / self.variance, l1=l1, l0=l0),
+            fired=(latents.detach() > FIRED).any(-2),
         )
 
     def describe(self) -> str:
