@@ -27,13 +27,11 @@ from veridical.probes.evaluate import Estimate
 from veridical.saes.base import FIRED
 from veridical.saes.evaluation import Evaluation
 from veridical.saes.held_out import HeldOut, held_out
+from veridical.saes.measure import DENSE
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
     from veridical.saes.base import SAE
-
-DENSE = 0.1
-"""Share of the rows above which a latent counts as dense."""
 
 
 def evaluate_sae(
@@ -90,7 +88,8 @@ def evaluate_sae(
 
 def unscaled(sae: SAE) -> SAE:
     """The SAE with its input scale in the weights, so that latents and decoder are in raw units."""
-    return sae if float(sae.scale) == 1 and float(sae.scale_out) == 1 else sae.folded()
+    done = bool((sae.scale == 1).all()) and bool((sae.scale_out == 1).all())
+    return sae if done else sae.folded()
 
 
 def _at(sae: SAE, site: str) -> SAE:

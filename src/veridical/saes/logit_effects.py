@@ -46,7 +46,13 @@ def logit_effects(model: HookedModel, sae: SAE, features: Sequence[int]) -> np.n
     numbers = [check_feature(sae, feature) for feature in features]
     with torch.no_grad():
         rows = sae.W_dec[numbers].double() * norm_gain(model).double().to(sae.W_dec.device)
-        effects = rows @ unembedding(model).double().to(rows.device)
+        matrix = unembedding(model).double().to(rows.device)
+        if len(matrix) != rows.shape[1]:
+            raise InputError(
+                f"{model.path} projects the residual stream from {rows.shape[1]} to {len(matrix)} dimensions "
+                "before unembedding; there is no direct path to follow"
+            )
+        effects = rows @ matrix
         return (effects - effects.mean(1, keepdim=True)).cpu().numpy()
 
 
