@@ -35,8 +35,8 @@ from veridical.probes.card import interval
 from veridical.probes.data import Source, Task, Where, as_conditions, choose_rows, read_source
 from veridical.probes.evaluate import Estimate
 from veridical.probes.logistic import LogisticProbe
-from veridical.saes.evaluate import unscaled
 from veridical.saes.sparse_probing import rank_latents, vectors
+from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
     from veridical.activations import Activations

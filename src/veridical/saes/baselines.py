@@ -49,9 +49,7 @@ def random_errors(sae: SAE, rows: HeldOut, mean: Tensor, active: int, seed: int 
     SAE does not have.
     """
     width = len(mean)
-    random = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(sae.width, width, generator=random).to(mean.device)
-    atoms = drawn / drawn.norm(dim=1, keepdim=True)
+    atoms = random_atoms(sae.width, width, seed).to(mean.device)
     active = min(active, sae.width, width)
     errors = np.zeros(int(rows.groups.max()) + 1)
     for where, _, y in rows.blocks(sae):
@@ -62,6 +60,16 @@ def random_errors(sae: SAE, rows: HeldOut, mean: Tensor, active: int, seed: int 
             left = _residual(part, atoms[chosen].double())
             np.add.at(errors, rows.groups[where][first : first + ROWS], left.square().sum(1).cpu().numpy())
     return errors
+
+
+def random_atoms(count: int, width: int, seed: int) -> Tensor:
+    """Random unit vectors `[count, width]`.
+
+    Drawn by numpy from a stream of their own: torch's generator with the same seed and shape would give the
+    very directions that an SAE of that seed was initialised with.
+    """
+    drawn = np.random.default_rng([seed, 8]).normal(size=(count, width))
+    return torch.from_numpy(drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).float()
 
 
 def _residual(rows: Tensor, vectors: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from veridical.saes.base import FIRED
 from veridical.saes.evaluation import Evaluation
 from veridical.saes.held_out import HeldOut, held_out
 from veridical.saes.measure import DENSE
+from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -84,12 +85,6 @@ def evaluate_sae(
             return _in_model(raw, data, texts, baselines, bootstrap, seed, batch_tokens, progress)
         rows = held_out(raw, data, target=target, groups=groups)
         return _on_rows(raw, rows, baselines, bootstrap, seed)[0]
-
-
-def unscaled(sae: SAE) -> SAE:
-    """The SAE with its input scale in the weights, so that latents and decoder are in raw units."""
-    done = bool((sae.scale == 1).all()) and bool((sae.scale_out == 1).all())
-    return sae if done else sae.folded()
 
 
 def _at(sae: SAE, site: str) -> SAE:

@@ -20,9 +20,9 @@ from torch import Tensor
 from veridical.errors import InputError
 from veridical.probes.card import number
 from veridical.saes.base import FIRED
-from veridical.saes.evaluate import unscaled
 from veridical.saes.held_out import HeldOut, held_out
 from veridical.saes.splice import check_feature
+from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
     from veridical.activations import Activations

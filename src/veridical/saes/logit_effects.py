@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from veridical.errors import InputError
-from veridical.saes.evaluate import unscaled
 from veridical.saes.splice import check_feature, places
+from veridical.saes.units import unscaled
 from veridical.sites import Site
 
 if TYPE_CHECKING:

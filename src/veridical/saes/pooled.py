@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from veridical.errors import unknown
-from veridical.saes.evaluate import unscaled
 from veridical.saes.held_out import held_out
+from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
     from veridical.activations import Activations

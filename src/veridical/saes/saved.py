@@ -53,7 +53,7 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
     from safetensors.torch import save
 
     from veridical.saes.card import card
-    from veridical.saes.evaluate import unscaled
+    from veridical.saes.units import unscaled
 
     if sae.stacked:
         raise InputError("this is a stack of SAEs; save one at a time with stack.member(number)")

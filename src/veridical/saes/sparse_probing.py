@@ -29,8 +29,8 @@ from veridical.probes.card import interval, number
 from veridical.probes.data import Source, Task, Where, as_conditions, choose_rows, read_source
 from veridical.probes.evaluate import Estimate
 from veridical.probes.logistic import LogisticProbe
-from veridical.saes.evaluate import unscaled
 from veridical.saes.held_out import held_out
+from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError
+from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel, Read, Write
@@ -59,6 +60,7 @@ def steer(
     Raises:
         InputError: As for `splice`, or a feature that the SAE does not have.
     """
+    sae = unscaled(sae)
     numbers, strengths = _features(sae, features)
     added = strengths @ sae.W_dec.detach()[numbers].to(strengths)
     return _edited(model, sae, lambda x, y: y + added.to(y), site)
@@ -78,6 +80,7 @@ def clamp(
     Raises:
         InputError: As for `splice`, or a feature that the SAE does not have.
     """
+    sae = unscaled(sae)
     numbers, wanted = _features(sae, features)
 
     def edit(x: Tensor, y: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def from_saelens(folder: str | Path, *, scale: float | None = None) -> SAE:
 
 def described(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of an SAE as SAELens has them."""
-    from veridical.saes.evaluate import unscaled
+    from veridical.saes.units import unscaled
 
     if sae.stacked:
         raise InputError("this is a stack of SAEs; write one at a time with stack.member(number)")
