@@ -9,7 +9,9 @@ PLAIN = ("relu", "gated", "jumprelu", "topk", "batch_topk", "matryoshka")
 EVERY = tuple(KINDS)
 
 
-def random_sae(architecture, d_in=12, d_out=None, width=40, k=5, seed=0, scale=1.0, scale_out=None, **options):
+def random_sae(
+    architecture, d_in=12, d_out=None, width=40, k=5, seed=0, scale=1.0, scale_out=None, **options
+):
     """An SAE in which nothing is at its initial value: biases, thresholds, decoder norms, scales."""
     if architecture == "crosscoder":
         options.setdefault("sites", ("resid_post.0", "resid_post.1"))

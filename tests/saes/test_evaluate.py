@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from sae_makers import EVERY, empty_sae, exact_sae, random_sae, vectors
 
 import veridical as vd
+from sae_makers import EVERY, empty_sae, exact_sae, random_sae, vectors
 from veridical.errors import DataError, InputError, NonFiniteError
 from veridical.saes.evaluate import evaluate_sae
 from veridical.saes.evaluation import frontier
@@ -32,7 +32,8 @@ def by_hand(sae, x, y, groups, resamples=100, seed=0):
     draws = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
     fvus = []
     for drawn in draws:
-        rows = np.concatenate([np.repeat(np.flatnonzero(groups == name), n) for name, n in zip(names, drawn) if n])
+        chosen = [np.repeat(np.flatnonzero(groups == name), n) for name, n in zip(names, drawn)]
+        rows = np.concatenate(chosen)
         fvus.append(error[rows].sum() / total[rows].sum())
     bias = sae.folded().b_dec.detach().double()
     return {
@@ -84,7 +85,7 @@ def test_blocks_do_not_change_the_figures(monkeypatch):
     parts = evaluate_sae(sae, x, groups=groups, bootstrap=50)
     for name, value in {**whole.metrics, **whole.baselines}.items():
         other = {**parts.metrics, **parts.baselines}[name]
-        assert (value.value, value.low, value.high) == pytest.approx((other.value, other.low, other.high), rel=1e-6)
+        assert vars(value) == pytest.approx(vars(other), rel=1e-6)
     assert (whole.frequency == parts.frequency).all()
 
 
@@ -153,8 +154,8 @@ def test_a_planted_dictionary_beats_both_and_noise_does_not():
     random = torch.Generator().manual_seed(0)
     planted = torch.randn(96, 48, generator=random)
     planted = planted / planted.norm(dim=1, keepdim=True)
-    active = (torch.rand(600, 96, generator=random) < 0.02).float() * (1 + torch.rand(600, 96, generator=random))
-    x = active @ planted
+    active = (torch.rand(600, 96, generator=random) < 0.02).float()
+    x = active * (1 + torch.rand(600, 96, generator=random)) @ planted
     true = random_sae("jumprelu", d_in=48, width=96)
     true.W_enc.copy_(planted)
     true.W_dec.copy_(planted)
@@ -261,7 +262,7 @@ def test_results_are_shown():
     sae, x = random_sae("topk", name="<b>mine"), vectors(60, 12)
     found = evaluate_sae(sae, x, bootstrap=20)
     frame = found.to_frame()
-    assert list(frame["who"])[0] == "<b>mine"
+    assert frame["who"].iloc[0] == "<b>mine"
     assert len(frame) == 3
     assert "&lt;b&gt;mine" in found._repr_html_()
     section = found.report_section()
@@ -295,7 +296,7 @@ def test_bad_input_is_named(hooked):
         evaluate_sae(type(sae).stack([sae, sae]), x)
     with pytest.raises(InputError, match="does not say which site"):
         evaluate_sae(sae, hooked("gpt2"), TEXTS)
-    with pytest.raises(InputError, match="the SAE reads 12 dimensions; .* has 32"):
+    with pytest.raises(InputError, match=r"the SAE reads 12 dimensions; .* has 32"):
         evaluate_sae(sae, hooked("gpt2"), TEXTS, site="resid_post.0")
     with pytest.raises(InputError, match="a str"):
         evaluate_sae(sae, "texts")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from sae_makers import vectors
 from safetensors.torch import save_file
 from torch.nn.functional import linear
 
+from sae_makers import vectors
 from veridical.errors import DamagedFileError, DataError, InputError, UnknownNameError
 from veridical.saes.formats import from_dictionary_learning, from_sparsify
 from veridical.saes.formats.sparsify import site_of
@@ -68,7 +68,8 @@ def sparsify_forward(x, tensors, cfg):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"normalize_decoder": False}, {"transcode": True}, {"transcode": True, "skip_connection": True}]
+    "options",
+    [{}, {"normalize_decoder": False}, {"transcode": True}, {"transcode": True, "skip_connection": True}],
 )
 def test_sparsify(tmp_path, options):
     tensors, cfg = sparsify_folder(tmp_path / "layers.4", **options)
@@ -112,7 +113,8 @@ def test_bad_sparsify_folders(tmp_path):
     sparsify_folder(tmp_path / "run" / "layers.1")
     with pytest.raises(InputError, match=r"holds coders for layers\.1; give the folder of one"):
         from_sparsify(tmp_path / "run")
-    for option, said in (("signed", "may be negative"), ("gram_lookup", "n-gram"), ("embed_skip", "embeddings")):
+    refused = {"signed": "may be negative", "gram_lookup": "n-gram", "embed_skip": "embeddings"}
+    for option, said in refused.items():
         sparsify_folder(tmp_path / option, **{option: True})
         with pytest.raises(InputError, match=said):
             from_sparsify(tmp_path / option)
@@ -244,7 +246,7 @@ def trainer_folder(folder, name, tensors, **trainer):
     """As `trainSAE` lays it out: `config.json` with the trainer's config, `ae.pt` with its state dict."""
     folder.mkdir(parents=True)
     torch.save(tensors, folder / "ae.pt")
-    said = {"dict_class": name, "activation_dim": D, "dict_size": F, "layer": 3, "lm_name": "some/model", **trainer}
+    said = {"dict_class": name, "activation_dim": D, "dict_size": F, "layer": 3, "lm_name": "a/b", **trainer}
     (folder / "config.json").write_text(json.dumps({"trainer": said, "buffer": {"ctx_len": 128}}))
     return folder
 
@@ -271,7 +273,8 @@ def test_a_threshold_that_was_never_set_lets_the_relu_decide(tmp_path):
 
 def test_matryoshka_keeps_its_prefixes_and_sites_are_told(tmp_path):
     tensors, _ = matryoshka()
-    folder = trainer_folder(tmp_path / "a", "MatryoshkaBatchTopKSAE", tensors, submodule_name="attention_out_layer_2")
+    where = {"submodule_name": "attention_out_layer_2"}
+    folder = trainer_folder(tmp_path / "a", "MatryoshkaBatchTopKSAE", tensors, **where)
     sae = from_dictionary_learning(folder)
     assert sae.prefixes == (10, 40)
     assert sae.config.site == "attn_out.2"

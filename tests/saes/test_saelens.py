@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from sae_makers import random_sae, vectors
 from safetensors.torch import load_file, save_file
 
+from sae_makers import random_sae, vectors
 from veridical.errors import ConfigError, DamagedFileError, InputError, NonFiniteError, UnknownNameError
 from veridical.saes.formats import from_saelens, to_saelens
 from veridical.saes.saved import load_sae, save_sae
@@ -233,7 +233,8 @@ def test_bad_folders_are_named(tmp_path):
 
 
 def test_what_saelens_cannot_hold_is_refused(tmp_path):
-    for sae in (random_sae("crosscoder"), random_sae("transcoder", d_out=7), random_sae("transcoder", skip=True)):
+    for name, options in (("crosscoder", {}), ("transcoder", {"d_out": 7}), ("transcoder", {"skip": True})):
+        sae = random_sae(name, **options)
         with pytest.raises(InputError, match="SAELens has no class for a"):
             to_saelens(sae, tmp_path)
     stack = type(random_sae("relu")).stack([random_sae("relu"), random_sae("relu", seed=1)])

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from sae_makers import EVERY, random_sae, vectors
 
+from sae_makers import EVERY, random_sae, vectors
 from veridical.errors import DamagedFileError, InputError
 from veridical.saes.origin import SAEOrigin
 from veridical.saes.saved import load_sae, save_sae
@@ -100,7 +100,7 @@ def test_a_missing_file_or_folder_is_named(tmp_path):
     (folder / "sae_weights.safetensors").unlink()
     with pytest.raises(DamagedFileError, match=r"sae_weights\.safetensors is missing"):
         load_sae(folder)
-    with pytest.raises(InputError, match=r"no SAE in .*expected one of sae_weights\.safetensors, sae\.safetensors"):
+    with pytest.raises(InputError, match=r"no SAE in .*expected one of sae_weights\.safetensors, sae"):
         load_sae(tmp_path)
     with pytest.raises(InputError, match="no folder"):
         load_sae(tmp_path / "nowhere")
@@ -124,7 +124,10 @@ def test_push_uploads_a_whole_sae(tmp_path, monkeypatch):
         seen.update(options, files={path.name for path in options["folder_path"].iterdir()})
         return "https://hub/commit/1"
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, **options: seen.update(options))
+    def create(self, repo, **options):
+        seen.update(options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     from veridical.saes.formats import push_sae
 

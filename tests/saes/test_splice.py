@@ -1,9 +1,9 @@
-"""Splicing, steering, clamping and ablating: each does what it says, to the size that it says, and is undone."""
+"""Splicing, steering, clamping and ablating: each does what it says, to the size it says, and is undone."""
 
 import pytest
 import torch
-from sae_makers import exact_sae, random_sae
 
+from sae_makers import exact_sae, random_sae
 from veridical.errors import InputError, UnknownNameError
 from veridical.saes.splice import ablate, clamp, splice, steer
 
@@ -53,7 +53,8 @@ def test_steering_adds_the_decoder_row(hooked, sae):
     assert (changed - logits).abs().max() > 0.1
     with steer(model, sae, {feature: 3.0, 7: -1.0}):
         both, _ = values(model)
-    torch.testing.assert_close(both - plain, (3 * row - sae.folded().W_dec[7]).expand_as(plain), rtol=1e-4, atol=1e-4)
+    change = (3 * row - sae.folded().W_dec[7]).expand_as(plain)
+    torch.testing.assert_close(both - plain, change, rtol=1e-4, atol=1e-4)
     assert torch.equal(values(model)[1], logits)
 
 
@@ -131,9 +132,9 @@ def test_a_transcoder_writes_at_its_target(hooked):
         assert torch.equal(values(model, source)[0], x)
     feature = int((sae.encode(x) > 0).float().mean(0).argmax())
     with ablate(model, sae, feature):
-        torch.testing.assert_close(
-            plain - values(model, target)[0], sae.encode(x)[:, [feature]] * sae.W_dec[feature], rtol=1e-4, atol=1e-4
-        )
+        change = plain - values(model, target)[0]
+    wanted = sae.encode(x)[:, [feature]] * sae.W_dec[feature]
+    torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-4)
     assert torch.equal(values(model, target)[1], logits)
 
 

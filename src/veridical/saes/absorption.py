@@ -7,7 +7,8 @@ run of the model:
 
 1. A linear probe for the label on the activations gives the direction p of the feature.
 2. Main latents: k-sparse probes of growing k; a further latent counts while it raises F1 by more than 0.03
-   (a feature that is split over several latents is no absorption).
+   (a feature that is split over several latents is no absorption). So a special latent that takes over more
+   than a few percent of the rows can count as a main one: the figure is a lower bound.
 3. On held-out rows with the label, on which the probe is right: a row is fully absorbed if no main latent
    fires, while the latent with the largest contribution along p has a cosine with p of at least 0.025 and
    makes up at least 0.4 of the row's length along p. The absorption fraction asks the same in part: what up

@@ -37,7 +37,7 @@ def pages(table: FeatureTable, features: Sequence[int], model: HookedModel | Non
     if model is not None:
         from veridical.saes.logit_effects import top_tokens
 
-        effects = top_tokens(model, table.sae, features)
+        effects = top_tokens(model, table.sae, list(dict.fromkeys(features)))
     made = []
     for at, feature in enumerate(features):
         tables = ()

@@ -26,7 +26,7 @@ from veridical.errors import InputError
 from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe
 from veridical.probes.card import interval, number
-from veridical.probes.data import Source, Task, Where, as_conditions, choose_rows, read_source
+from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows, read_source
 from veridical.probes.evaluate import Estimate
 from veridical.probes.logistic import LogisticProbe
 from veridical.saes.held_out import held_out
@@ -168,11 +168,13 @@ class SparseProbing:
 
 def sparse_probes(
     sae: SAE,
-    acts: Activations,
+    acts: Activations | Mapping[str, Any],
     config: ProbeConfig | None = None,
     *,
     ks: Sequence[int] = KS,
-    target: str | None = None,
+    target: Any = None,
+    groups: Any = None,
+    texts: Sequence[str] | None = None,
     where: Where | None = None,
     **options: Any,
 ) -> SparseProbing:
@@ -180,10 +182,12 @@ def sparse_probes(
 
     Args:
         sae: One SAE.
-        acts: Activations with its site and the labels of `Pairs`.
+        acts: Activations with its site and the labels of `Pairs`, or a mapping of site to vectors.
         config: Options as for `fit_probes`; keyword `options` win over it.
         ks: Numbers of latents.
-        target: Label column of two classes.
+        target: Label column of two classes, or labels `[n]`.
+        groups: `[n]`, pair of each vector, where `acts` is a mapping.
+        texts: `[n]`, what the model had read at each vector, where `acts` is a mapping.
         where: Conditions on the rows, as in `fit_probes`.
         **options: Fields of `ProbeConfig`: `folds`, `test_fraction`, `bootstrap`, `shuffles`, `seed`, ...
 
@@ -195,7 +199,7 @@ def sparse_probes(
     from veridical.probes.sweep import check_config, run_sweep
 
     if target is not None:
-        options["target"] = target
+        options["target"] = target if isinstance(target, str) else TARGET
     if where is not None:
         options["where"] = as_conditions(where)
     config = configs.build(ProbeConfig, config, **options)
@@ -203,7 +207,7 @@ def sparse_probes(
     ks = tuple(sorted(set(ks)))
     if not ks or ks[0] < 1 or ks[-1] > sae.width:
         raise InputError(f"ks are {ks}; expected numbers from 1 to {sae.width}, the number of latents")
-    source = read_source(acts, config.target, None, None, None)
+    source = read_source(acts, target, groups, texts, None)
     task = choose_rows(source, config, config.where)
     latents, plain = vectors(sae, acts)
     order = rank_latents(latents[task.fit], task.positive[task.fit], ks[-1])
