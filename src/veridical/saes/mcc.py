@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from veridical.errors import InputError, NonFiniteError
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from veridical.reporting.section import Section
+    from veridical.saes.base import SAE
 
 FOUND = 0.9
 """Cosine above which a planted feature counts as found."""
@@ -101,14 +101,12 @@ class Matching:
         )
 
 
-def match_features(
-    dictionary: Float[Tensor, "latents d"] | Any, planted: Float[Tensor, "planted d"]
-) -> Matching:
+def match_features(dictionary: Tensor | SAE, planted: Tensor) -> Matching:
     """Matches latents to planted features one to one.
 
     Args:
-        dictionary: Decoder directions, one row per latent, of any length; or an SAE, for its `W_dec`.
-        planted: The features' directions, one row each, of any length but 0.
+        dictionary: Decoder directions `[latents, d]` of any length, or an SAE, for its `W_dec`.
+        planted: The features' directions `[planted, d]`, of any length but 0.
 
     Raises:
         InputError: Shapes that do not fit, or a planted feature of length 0.

@@ -148,7 +148,7 @@ def _state(sae: SAE, tensors: dict[str, Tensor], buffers: dict[str, float]) -> d
         else:
             own["threshold"] = threshold[0].reshape(wanted["threshold"].shape)
     own |= {name: wanted[name].new_tensor(value) for name, value in buffers.items()}
-    return {name: own.get(name, value) for name, value in wanted.items()}
+    return {**wanted, **{name: own[name] for name in wanted if name in own}}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

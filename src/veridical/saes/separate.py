@@ -189,7 +189,7 @@ def separate_labels(
             {
                 "feature": feature,
                 "chosen_by": float(found[at]),
-                "p": _p(null, abs(found[at] - 0.5)),
+                "p": _p(null, abs(float(found[at]) - 0.5)),
                 **judged.columns("auroc"),
                 "mean_negative": float(own[~truth].mean()),
                 "mean_positive": float(own[truth].mean()),
@@ -264,7 +264,7 @@ def separate_models(
             {
                 "feature": feature,
                 "chosen_by": float(found[at]),
-                "p": _p(null, abs(found[at])),
+                "p": _p(null, abs(float(found[at]))),
                 **judged.columns("difference"),
                 "mean_first": float(one[test, feature].mean()),
                 "mean_second": float(two[test, feature].mean()),
