@@ -162,7 +162,7 @@ class SAE(nn.Module):
 
     def each(self, values: Sequence[float]) -> Tensor:
         """A number for each member, as a scalar or `[N]`, beside the weights."""
-        made = torch.tensor(values, dtype=torch.float32, device=self.W_enc.device)
+        made = torch.tensor(values, dtype=self.W_enc.dtype, device=self.W_enc.device)
         return made if self.stacked else made[0]
 
     # Members
@@ -186,8 +186,7 @@ class SAE(nn.Module):
                 state[name] = value
             else:
                 raise ConfigError(f"a stack shares its {name}; these SAEs have different ones")
-        made.load_state_dict(state)
-        return made.to(first.W_enc.device)
+        return made._filled(state)
 
     def member(self, number: int) -> Self:
         """One SAE of a stack, its weights copied."""
@@ -197,8 +196,7 @@ class SAE(nn.Module):
             name: value[number] if name in parameters or name in self.member_buffers else value
             for name, value in self.state_dict().items()
         }
-        made.load_state_dict(own)
-        return made.to(self.W_enc.device)
+        return made._filled(own)
 
     member_buffers: ClassVar[tuple[str, ...]] = ()
     """Buffers that each member has its own of."""
@@ -245,9 +243,9 @@ class SAE(nn.Module):
         made = type(self)(self.configs if self.stacked else self.config, self.d_in, self.d_out)
         state = {name: value.clone() for name, value in self.state_dict().items()}
         self._fold(state)
-        made.load_state_dict(state)
-        made.origin = self.origin
-        return made.to(self.W_enc.device)
+        filled = made._filled(state)
+        filled.origin = self.origin
+        return filled
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -262,6 +260,12 @@ class SAE(nn.Module):
         if self.unit_norm and self.W_dec.grad is not None:
             along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
             self.W_dec.grad.sub_(along * self.W_dec)
+
+    def _filled(self, state: dict[str, Tensor]) -> Self:
+        """This SAE with the values, device and dtype of `state`."""
+        made = self.to(state["W_enc"].device, state["W_enc"].dtype)
+        made.load_state_dict(state)
+        return made
 
     def _fold(self, state: dict[str, Tensor]) -> None:
         for name in self.homogeneous:

@@ -108,4 +108,4 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         pre, threshold, width = ctx.saved_tensors
         near = (pre - threshold).abs() < width / 2
-        return None, (-near * grad / width).sum_to_size(threshold.shape), None
+        return None, -(near * grad / width).sum_to_size(threshold.shape), None

@@ -12,6 +12,7 @@ Everything has a leading member axis N: `W [N, F, d]`, `x [N, B, d]`. Rows of al
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -178,6 +179,15 @@ def gather_sum(table: Tensor, picks: Tensor, starts: Tensor, weights: Tensor) ->
     )
 
 
+def dots(left: Tensor, right: Tensor, chosen: Chosen) -> Tensor:
+    """Inner product of a row of `left [rows, d]` with one of `right [columns, d]` for each entry, `[entries]`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        shape = (len(left), len(right))
+        pattern = torch.sparse_csr_tensor(chosen.starts, chosen.columns, torch.zeros_like(chosen.values), shape)
+        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -218,24 +228,18 @@ class _DecodeAt(torch.autograd.Function):
         blocks: tuple[Block, ...],
         *block_values: Tensor,
     ) -> tuple[Tensor, ...]:
-        # The graph of this one operation is kept for the gradient of its weights, which is a dot product for
-        # each entry.
-        with torch.enable_grad():
-            weights = values.detach().requires_grad_()
-            out = gather_sum(W.detach().flatten(0, 1), chosen.columns, chosen.starts, weights)
-        ctx.save_for_backward(W, *block_values)
-        ctx.inner, ctx.chosen, ctx.blocks = (weights, out), chosen, blocks
+        out = gather_sum(W.flatten(0, 1), chosen.columns, chosen.starts, values)
+        ctx.save_for_backward(W, values, *block_values)
+        ctx.chosen, ctx.blocks = chosen, blocks
         decoded = [known @ W[block.member, block.ids] for known, block in zip(block_values, blocks)]
-        return (out.detach().view(*shape, W.shape[-1]), *decoded)
+        return (out.view(*shape, W.shape[-1]), *decoded)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *block_grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        W, *block_values = ctx.saved_tensors
-        weights, out = ctx.inner
-        flat = grad.reshape(out.shape)
-        (grad_values,) = torch.autograd.grad(out, weights, flat)
-        by_column = ctx.chosen.by_column
-        grad_W = gather_sum(flat, by_column.rows, by_column.starts, weights.detach()[by_column.order])
+        W, values, *block_values = ctx.saved_tensors
+        by_column, flat = ctx.chosen.by_column, grad.reshape(-1, W.shape[-1])
+        grad_values = dots(flat, W.flatten(0, 1), ctx.chosen)
+        grad_W = gather_sum(flat, by_column.rows, by_column.starts, values[by_column.order])
         grad_W = grad_W.view_as(W)
         grads = []
         for block, known, block_grad in zip(ctx.blocks, block_values, block_grads):
