@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROWS = 256
 """Rows solved at a time: each brings a matrix of its chosen vectors."""
+RIDGE = 1e-10
 
 
 def pca_errors(sae: SAE, rows: HeldOut, components: int) -> np.ndarray:
@@ -73,9 +74,12 @@ def random_atoms(count: int, width: int, seed: int) -> Tensor:
 
 
 def _residual(rows: Tensor, vectors: Tensor) -> Tensor:
-    """What is left of each of `rows [n, d]` outside the span of its own `vectors [n, k, d]`."""
-    basis = torch.linalg.qr(vectors.mT).Q
-    return rows - (basis @ (basis.mT @ rows[..., None])).squeeze(-1)
+    """What is left of each of `rows [n, d]` outside the span of its own `vectors [n, k, d]`, by the normal
+    equations: with unit vectors and a trace of ridge they are solved well enough at any k up to d."""
+    gram = vectors @ vectors.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
+    coefficients = torch.cholesky_solve(vectors @ rows[..., None], torch.linalg.cholesky(gram))
+    return rows - (coefficients.mT @ vectors).squeeze(-2)
 
 
 def _halves(rows: HeldOut) -> np.ndarray:

@@ -56,7 +56,7 @@ def evaluate_sae(
         data: A `HookedModel` that then runs over `texts`; or `Activations` with the SAE's site, a tensor
             `[rows, d_in]`, or a mapping of site to tensor, none of which the SAE was trained on.
         texts: Held-out texts, chats or `Pairs`, where `data` is a model. All their tokens are read, as in
-            training on `tokens="all"`.
+            training on `tokens="all"`; cross-entropy is that of completions where there are any.
         target: `[rows, d_out]`, what a transcoder predicts, where `data` is a tensor.
         groups: `[rows]`, text or pair of each row, for the intervals.
         site: Where to read, for an SAE that does not say.
@@ -109,7 +109,8 @@ def _in_model(
     rows = held_out(sae, acts)
     found, mean = _on_rows(sae, rows, baselines, bootstrap, seed)
     losses = splice_losses(model, sae, texts, mean, batch_tokens=batch_tokens, progress=progress)
-    return replace(found, loss=losses.summary(bootstrap, seed), facts={**found.facts, "model": model.path})
+    notes = (*found.notes, *losses.notes())
+    return replace(found, loss=losses.summary(bootstrap, seed), notes=notes)
 
 
 def _on_rows(

@@ -104,7 +104,7 @@ class Evaluation:
                 "better than" if lead.low > 0 else "worse than" if lead.high < 0 else "not surely better than"
             )
             said.append(f"FVU {better} {name} ({_said(self.baselines[name])}); difference {_said(lead)}.")
-        if self.loss is not None:
+        if self.loss is not None and np.isfinite(self.loss["recovered"].value):
             said.append(
                 f"Spliced in, it recovers {_said(self.loss['recovered'])} of the cross-entropy that zeroing "
                 f"the site costs, and {_said(self.loss['recovered_mean'])} of what its mean costs."

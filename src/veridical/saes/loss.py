@@ -4,6 +4,10 @@ Cross-entropy recovered is `(H_none - H_sae) / (H_none - H_model)`, over the nex
 together: 1 for a reconstruction that is exact, 0 for one that is worth as little as nothing. Nothing is zero
 at the site (as it is commonly reported; in a residual stream zeroing ruins the model, so even poor SAEs come
 out near 1) and, beside it, the site's mean over the same texts, which is the harder thing to beat.
+
+Losses are those of the completions where the data have them, else of all tokens. A model predicts well only
+what it was trained to: on other text its loss can be above that of the ruined one, both differences are then
+negative, and their ratio looks like a splendid SAE. Where nothing is lost, nothing is recovered: not measured.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from veridical.saes.base import SAE
 
 RUNS = ("model", "sae", "zero", "mean")
+INVALID = 0.05
+"""Share of resamples without a loss to recover above which no interval is given."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,22 @@ class SpliceLosses:
     losses: dict[str, np.ndarray]
     kl: np.ndarray
 
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know of these losses."""
+        model, zero = (self.losses[name].sum() / self.tokens.sum() for name in ("model", "zero"))
+        if model < zero:
+            return ()
+        return (
+            f"The model predicts these tokens no better than with the site at zero (cross-entropy {model:.3g} "
+            f"against {zero:.3g}), so there is nothing to recover: judge it on text that it was trained to "
+            "predict.",
+        )
+
     def summary(self, bootstrap: int = 500, seed: int = 0) -> dict[str, Estimate]:
-        """Mean losses per token, the share recovered, and the divergence, with 95 % intervals over texts."""
+        """Mean losses per token, the share recovered, and the divergence, with 95 % intervals over texts.
+
+        The share recovered is NaN where the model is no better than what it is compared with.
+        """
         weights = intervals.resample_weights(np.arange(len(self.tokens)), bootstrap, seed)
 
         def ratio(above: np.ndarray, below: np.ndarray) -> Estimate:
@@ -50,9 +70,17 @@ class SpliceLosses:
                 return intervals.estimate(above.sum() / below.sum(), (weights @ above) / (weights @ below))
 
         ours = self.losses
+
+        def recovered(none: str) -> Estimate:
+            lost = ours[none] - ours["model"]
+            if not lost.sum() > 0:
+                return Estimate(np.nan, np.nan, np.nan)
+            found, valid = ratio(ours[none] - ours["sae"], lost), weights @ lost > 0
+            return found if valid.mean() > 1 - INVALID else Estimate(found.value, np.nan, np.nan)
+
         return {
-            "recovered": ratio(ours["zero"] - ours["sae"], ours["zero"] - ours["model"]),
-            "recovered_mean": ratio(ours["mean"] - ours["sae"], ours["mean"] - ours["model"]),
+            "recovered": recovered("zero"),
+            "recovered_mean": recovered("mean"),
             "loss": ratio(ours["model"], self.tokens),
             "loss_spliced": ratio(ours["sae"], self.tokens),
             "loss_zero": ratio(ours["zero"], self.tokens),
@@ -76,7 +104,8 @@ def splice_losses(
     Args:
         model: A causal model.
         sae: The SAE, in raw units.
-        texts: Texts, chats, `Pairs` or token ids, as `collect` takes them.
+        texts: Texts, chats, `Pairs` or token ids, as `collect` takes them. Losses are those of the completion
+            in a row that has one, else of all tokens; every token is spliced.
         mean: `[d_out]`, the mean of the output site.
         site: As for `splice`.
         batch_tokens: Tokens in one batch, padding included.
@@ -91,20 +120,23 @@ def splice_losses(
 
     if model.kind != "causal":
         raise InputError(f"{model.path} is a model of kind {model.kind!r} and predicts no next token")
-    rows = _encoded(model, texts)
+    rows, first = _encoded(model, texts)
     lengths = [len(row) for row in rows]
-    if max(lengths) < 2:
+    if not any(length > start for length, start in zip(lengths, first)):
         raise InputError("no text has two tokens, so none is predicted")
     tokens, kl = np.zeros(len(rows)), np.zeros(len(rows))
     losses = {name: np.zeros(len(rows)) for name in RUNS}
     with torch.no_grad(), bar(sum(lengths), "splicing", "tokens", progress) as shown:
         for batch in by_length(lengths, batch_tokens):
             inputs = model.batch([rows[row] for row in batch])
-            found, divergence = _batch(model, sae, inputs, mean, site)
+            places = torch.arange(inputs["input_ids"].shape[1], device=model.device)
+            starts = torch.tensor([first[row] for row in batch], device=model.device)
+            scored = inputs["attention_mask"].bool() & (places >= starts[:, None])
+            found, divergence = _batch(model, sae, inputs, scored, mean, site)
             for name, values in found.items():
                 losses[name][batch] = values
             kl[batch] = divergence
-            tokens[batch] = [lengths[row] - 1 for row in batch]
+            tokens[batch] = scored[:, 1:].sum(1).cpu().numpy()
             shown.update(sum(lengths[row] for row in batch))
     for name, values in losses.items():
         if not np.isfinite(values).all():
@@ -114,9 +146,9 @@ def splice_losses(
 
 
 def _batch(
-    model: HookedModel, sae: SAE, inputs: dict[str, Tensor], mean: Tensor, site: str | None
+    model: HookedModel, sae: SAE, inputs: dict[str, Tensor], scored: Tensor, mean: Tensor, site: str | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Summed losses `[rows]` of each run, and the summed divergence of the spliced one."""
+    """Summed losses `[rows]` of each run over the `scored` tokens, and the divergence of the spliced one."""
     real = inputs["attention_mask"].bool()
     edits: dict[str, Edit] = {
         "sae": reconstruct(sae),
@@ -124,25 +156,28 @@ def _batch(
         "mean": lambda x, y: mean.to(y).expand_as(y),
     }
     before = model.run(inputs).logits[:, :-1].float().log_softmax(-1)
-    found, divergence = {"model": _summed(before, inputs, real)}, np.zeros(len(real))
+    found, divergence = {"model": _summed(before, inputs, scored)}, np.zeros(len(real))
     for name, edit in edits.items():
         read, write = hooks_for(model, sae, edit, site, where=real)
         after = model.run(inputs, read=read, write=write).logits[:, :-1].float().log_softmax(-1)
-        found[name] = _summed(after, inputs, real)
+        found[name] = _summed(after, inputs, scored)
         if name == "sae":
             each = (before.exp() * (before - after)).sum(-1)
-            divergence = (each * real[:, 1:]).double().sum(1).cpu().numpy()
+            divergence = (each * scored[:, 1:].to(each.device)).double().sum(1).cpu().numpy()
     return found, divergence
 
 
-def _summed(logprobs: Tensor, inputs: dict[str, Tensor], real: Tensor) -> np.ndarray:
-    """Cross-entropy of the real next tokens, summed over each row."""
+def _summed(logprobs: Tensor, inputs: dict[str, Tensor], scored: Tensor) -> np.ndarray:
+    """Cross-entropy of the scored tokens from what is before them, summed over each row."""
     targets = inputs["input_ids"][:, 1:].to(logprobs.device)
     each = -logprobs.gather(-1, targets[..., None]).squeeze(-1)
-    return (each * real[:, 1:].to(each.device)).double().sum(1).cpu().numpy()
+    return (each * scored[:, 1:].to(each.device)).double().sum(1).cpu().numpy()
 
 
-def _encoded(model: HookedModel, texts: Any) -> list[tuple[int, ...]]:
+def _encoded(model: HookedModel, texts: Any) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Token ids of each row, and its first token whose prediction counts."""
     from veridical.activations.data import read_data
 
-    return [row.ids for _, part in read_data(texts).encoded(model) for row in part]
+    rows = [row for _, part in read_data(texts).encoded(model) for row in part]
+    first = [row.prompt_tokens if row.prompt_tokens < len(row.ids) else 1 for row in rows]
+    return [row.ids for row in rows], [max(start, 1) for start in first]
