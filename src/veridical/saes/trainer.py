@@ -86,12 +86,8 @@ def train_saes(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     training = _Training(stream, wanted, chosen, progress)
     if store is not None:
-        asked = {
-            "configs": [to_dict(config) for config in wanted],
-            "data": stream.identity,
-            "holdout": holdout,
-        }
-        training.keep_in(Folder(store, {**asked, "seed": seed}), checkpoint_minutes * 60)
+        asked = {"seed": seed, "holdout": holdout, "configs": [to_dict(config) for config in wanted]}
+        training.keep_in(Folder(store, {**asked, "data": stream.identity}), checkpoint_minutes * 60)
     return training.run()
 
 
