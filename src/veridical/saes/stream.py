@@ -409,18 +409,17 @@ def check_size(size: int, vectors: int | None) -> None:
         raise DataError(f"batch is {size:,}, but there are only {vectors:,} training vectors; lower batch")
 
 
-def check_finite(batch: Batch, seen: int) -> None:
+def check_finite(batch: Batch, where: str) -> None:
     """Refuses vectors that hold NaN or infinity.
 
     Raises:
-        NonFiniteError: Names the site.
+        NonFiniteError: Names the site, and says where in the stream.
     """
     for site, values in batch.items():
         if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-            number = int((~torch.isfinite(values).all(-1)).nonzero()[0])
             raise NonFiniteError(
-                f"{site} holds NaN or infinity, first in training vector {seen + number:,} of the stream; "
-                "collect it again, in float32 or bfloat16 if it was float16"
+                f"{site} holds NaN or infinity {where}; collect it again, in float32 or bfloat16 if it was "
+                "float16"
             )
 
 

@@ -86,12 +86,8 @@ def train_saes(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     training = _Training(stream, wanted, chosen, progress)
     if store is not None:
-        asked = {
-            "configs": [to_dict(config) for config in wanted],
-            "data": stream.identity,
-            "holdout": holdout,
-        }
-        training.keep_in(Folder(store, {**asked, "seed": seed}), checkpoint_minutes * 60)
+        asked = {"seed": seed, "holdout": holdout, "configs": [to_dict(config) for config in wanted]}
+        training.keep_in(Folder(store, {**asked, "data": stream.identity}), checkpoint_minutes * 60)
     return training.run()
 
 
@@ -120,8 +116,11 @@ class _Training:
     def run(self) -> SAERuns:
         """Trains until every member is done."""
         if self.steps == 0:
+            sample = self.stream.sample(SAMPLE)
+            check_finite(sample, "in a sample of the training vectors")
+            check_finite(self.stream.held_out, "among the held-out vectors")
             for group in self.groups:
-                group.stack.calibrate(*self._read(group.members[0].config, self.stream.sample(SAMPLE)))
+                group.stack.calibrate(*self._read(group.members[0].config, sample))
         total = max(member.tokens for member in self.members)
         with bar(total, "SAEs", "tokens", self.progress) as shown:
             shown.update(self.steps * self.size)
@@ -136,7 +135,7 @@ class _Training:
         before, began = self.seconds, time.monotonic()
         kept = began
         for batch in self.stream.batches(self.size):
-            check_finite(batch, self.steps * self.size)
+            check_finite(batch, f"after {self.steps * self.size:,} training vectors")
             for group in list(self.groups):
                 self._step(group, batch)
             self.steps += 1
@@ -160,12 +159,13 @@ class _Training:
 
     def _look(self, group: Group, loss: Loss) -> None:
         """Keeps figures now and then, and lets go who is done or no longer finite."""
-        finite = loss.total.detach().isfinite().tolist()
+        total = loss.total.detach()
+        finite = total.isfinite().tolist()
         for number, (member, sound) in enumerate(list(zip(group.members, finite))):
             every = max(member.tokens // HISTORY, 1)
             if member.seen // every > (member.seen - group.batch) // every or member.done or not sound:
                 parts = {name: float(value[number]) for name, value in loss.parts.items()}
-                member.history.append({"tokens": member.seen, "loss": float(loss.total[number]), **parts})
+                member.history.append({"tokens": member.seen, "loss": float(total[number]), **parts})
         for member, sound in list(zip(group.members, finite)):
             if not sound:
                 rate = member.config.learning_rate(group.d_in)
