@@ -1,6 +1,7 @@
 """Streams: a store, tensors, an iterator, a running model; positions, and what is held out."""
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
