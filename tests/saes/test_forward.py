@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from making import CONFIGS, D, made
 
-from conftest import CONFIGS, D, made
 from veridical.errors import ConfigError, DataError
 from veridical.saes import SAEConfig
 from veridical.saes.kinds import kind

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from making import CONFIGS
 from planted import activations
 
-from conftest import CONFIGS
 from veridical.errors import InputError
 from veridical.saes import SAEConfig
 from veridical.saes.group import Group, Member

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from making import CONFIGS, D, config, jittered, made
 from oracles import dense_loss, gradients
 
-from conftest import CONFIGS, D, config, jittered, made
 from veridical.saes.kinds import KINDS, kind
 
 SPARSE = ("topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")

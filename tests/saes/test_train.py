@@ -5,10 +5,10 @@ import logging
 import numpy as np
 import pytest
 import torch
+from making import CONFIGS
 from planted import activations
 
 import veridical as vd
-from conftest import CONFIGS
 from veridical.errors import ConfigError, DataError, InputError, NonFiniteError, UnknownNameError
 from veridical.saes.stream import TensorStream
 

@@ -134,7 +134,7 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """The training loss of a batch.
 
@@ -142,7 +142,7 @@ class SAE(nn.Module):
             x: Inputs `[B, d_in]`, raw units.
             y: Targets `[B, d_out]`; the inputs when not given.
             dead: Booleans `[F]` (`[N, F]`): the latents that count as dead. None for none.
-            ramp: Factor on the sparsity penalty, from its warm-up.
+            ramp: Factor on the sparsity penalty, from its warm-up; `[N]` for one each.
         """
         raise NotImplementedError
 
@@ -238,8 +238,8 @@ class SAE(nn.Module):
 
     def set_scales(self, x: Tensor, y: Tensor) -> None:
         """Factors that bring a sample of inputs and targets to a mean norm of sqrt(d)."""
-        self.scale.copy_(unit_factor(x))
-        self.scale_out.copy_(unit_factor(y))
+        self.scale.fill_(unit_factor(x))
+        self.scale_out.fill_(unit_factor(y))
 
     @torch.no_grad()
     def folded(self) -> Self:

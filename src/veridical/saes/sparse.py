@@ -26,7 +26,7 @@ class SparseSAE(SAE):
         """The latents that are active in a training batch, found while the pre-activations are scanned."""
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Squared error divided by the variance of the targets, plus AuxK for the dead latents.
 
