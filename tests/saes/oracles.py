@@ -1,4 +1,4 @@
-"""The losses written out with dense latents and plain autograd: slow, obvious, and what the code must equal."""
+"""The losses written out with dense latents and plain autograd: slow, obvious, and what ours must equal."""
 
 import torch
 
@@ -45,10 +45,19 @@ def dense_aux(sae, pre, residual, dead):
     masked = torch.where(dead, pre, torch.full_like(pre, -torch.inf))
     k = min(config.aux_latents(sae.d_in), int(dead.sum()))
     values, indices = masked.topk(k, dim=1)
-    values = values.relu() if config.aux_variant == "relu" else values
+    values = values.relu() if config.aux_variant == "relu" else raised(values)
     acts = torch.zeros_like(pre).scatter(1, indices, values)
     error = (target - acts @ sae.W_dec).square().mean()
     return error / (target - target.mean(0)).square().mean()
+
+
+def raised(values):
+    """ReLU whose gradient also passes below zero where it is negative, by the surrogate max(v, 0) + s."""
+    below = values < 0
+    through = torch.where(below, values - values.detach(), 0.0)
+    if through.requires_grad:
+        through.register_hook(lambda grad: grad.clamp_max(0.0))
+    return values.relu() + through
 
 
 def dense_relu(sae, x, y, ramp):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, D, made
+from making import CONFIGS, D, made
 
 from veridical.errors import ConfigError, DataError
 from veridical.saes import SAEConfig
@@ -65,7 +65,7 @@ def test_topk_keeps_the_largest_of_each_row(vectors):
 
 def test_topk_stack_of_unlike_k_zeroes_what_is_beyond_a_members_own(vectors):
     saes = [made("topk", k=2), made("topk", k=6)]
-    values, indices = type(saes[0]).stack(saes).encode_sparse(vectors[0])
+    values, _ = type(saes[0]).stack(saes).encode_sparse(vectors[0])
     assert values.shape == (2, 64, 6)
     assert (values[0, :, 2:] == 0).all()
     torch.testing.assert_close(values[0, :, :2], saes[0].encode_sparse(vectors[0])[0])

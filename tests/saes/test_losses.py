@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, D, config, jittered, made
+from making import CONFIGS, D, config, jittered, made
 from oracles import dense_loss, gradients
 
 from veridical.saes.kinds import KINDS, kind
@@ -34,7 +34,7 @@ def test_loss_and_gradients_equal_the_dense_formula(architecture, ramp, vectors)
 
 
 @pytest.mark.parametrize("architecture", SPARSE)
-@pytest.mark.parametrize("variant", ["relu", "signed"])
+@pytest.mark.parametrize("variant", ["relu", "straight_through"])
 @pytest.mark.parametrize("k_aux", [3, 1000])
 def test_auxiliary_loss_and_gradients_equal_the_dense_formula(architecture, variant, k_aux, vectors):
     sae = made(architecture, aux_variant=variant, k_aux=k_aux, aux=0.5)
@@ -83,7 +83,11 @@ def test_jumprelu_threshold_gradient_is_the_papers(vectors):
 @pytest.mark.parametrize("architecture", list(CONFIGS))
 def test_a_stack_computes_what_its_members_do_alone(architecture, vectors):
     """Members that differ in seed, k and penalty, some with dead latents, some with none."""
-    own = [{"k": 5}, {"k": 3}, {"k": 8}] if architecture in SPARSE else [{"sparsity": s} for s in (0.1, 1.0, 3.0)]
+    own = (
+        [{"k": 5}, {"k": 3}, {"k": 8}]
+        if architecture in SPARSE
+        else [{"sparsity": s} for s in (0.1, 1.0, 3.0)]
+    )
     d_out = 9 if "transcoder" in architecture else None
     saes = [
         jittered(kind(architecture)(config(architecture, **options), D, d_out), seed)

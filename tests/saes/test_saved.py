@@ -173,3 +173,23 @@ def test_no_hub_is_one_line():
 
     with pytest.raises(InputError, match="cannot use someone/saes on the hub"):
         pull_sae("someone/saes")
+
+
+def test_a_trained_sae_says_where_it_came_from(hooked, tmp_path):
+    """What is trained on a store is saved, loaded and judged in the model without being told anything."""
+    import veridical as vd
+
+    model = hooked("llama")
+    texts = [f"the capital of {name} is Paris; answer yes or no {number}" for number in range(40) for name in "ab"]
+    acts = vd.collect(model, texts, sites="resid_post.1", tokens="all", progress=False)
+    runs = vd.train_saes(acts, vd.SAEConfig(width=64, k=4, batch=64, lr=1e-2), progress=False)
+    sae = runs[0]
+    assert sae.config.site == "blocks.1.hook_resid_post"
+    assert sae.origin.model_fingerprint == model.fingerprint()
+    assert sae.origin.tokens == "all"
+    assert sae.origin.trained_on == runs.runs[0].tokens
+    assert sae.origin.metrics["fvu"] == runs.runs[0].figures.fvu
+    back = load_sae(sae.save(tmp_path / "sae"))
+    assert back.origin == sae.origin
+    assert back.evaluate(model, texts[:5], bootstrap=10).metrics["fvu"].value < 1
+    assert "| explained variance |" in (tmp_path / "sae" / "README.md").read_text()

@@ -134,7 +134,7 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """The training loss of a batch.
 
@@ -142,7 +142,7 @@ class SAE(nn.Module):
             x: Inputs `[B, d_in]`, raw units.
             y: Targets `[B, d_out]`; the inputs when not given.
             dead: Booleans `[F]` (`[N, F]`): the latents that count as dead. None for none.
-            ramp: Factor on the sparsity penalty, from its warm-up.
+            ramp: Factor on the sparsity penalty, from its warm-up; `[N]` for one each.
         """
         raise NotImplementedError
 
@@ -218,20 +218,28 @@ class SAE(nn.Module):
         if self.config.normalise == "mean_norm":
             self.set_scales(x.double(), y.double())
         target = self.targets(x, y).double()
-        middle = {"mean": target.mean(0), "zero": torch.zeros_like(target[0])}
+        middles = {config.bias_init: middle(target, config.bias_init) for config in self.configs}
         for number, config in enumerate(self.configs):
-            if config.bias_init not in middle:
-                middle[config.bias_init] = geometric_median(target)
-            (self.b_dec[number] if self.stacked else self.b_dec).copy_(middle[config.bias_init])
+            (self.b_dec[number] if self.stacked else self.b_dec).copy_(middles[config.bias_init])
+        if not self.centred:
+            self._centre_encoder(self.inputs(x).double())
         variance = (target - target.mean(0)).square().sum(-1).mean()
         if not variance > 0:
             raise DataError(f"{len(target)} vectors are all the same: there is nothing to reconstruct")
         self.variance.copy_(variance)
 
+    def _centre_encoder(self, x: Tensor) -> None:
+        """Starts the encoder's bias where centring the inputs would put it: else a large mean, which real
+        activations have, decides which latents are active."""
+        middles = {config.bias_init: middle(x, config.bias_init) for config in self.configs}
+        for number, config in enumerate(self.configs):
+            W, b = (self.W_enc[number], self.b_enc[number]) if self.stacked else (self.W_enc, self.b_enc)
+            b.copy_(-W.double() @ middles[config.bias_init])
+
     def set_scales(self, x: Tensor, y: Tensor) -> None:
         """Factors that bring a sample of inputs and targets to a mean norm of sqrt(d)."""
-        self.scale.copy_(unit_factor(x))
-        self.scale_out.copy_(unit_factor(y))
+        self.scale.fill_(unit_factor(x))
+        self.scale_out.fill_(unit_factor(y))
 
     @torch.no_grad()
     def folded(self) -> Self:
@@ -314,6 +322,13 @@ class SAE(nn.Module):
 def unit_rows(matrix: Tensor) -> Tensor:
     """`matrix [..., n, d]` with each row divided by its norm; a row of zeros stays."""
     return matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def middle(points: Tensor, how: str) -> Tensor:
+    """The geometric median, mean or zero of `points [n, d]`, `[d]`."""
+    if how == "geometric_median":
+        return geometric_median(points)
+    return points.mean(0) if how == "mean" else torch.zeros_like(points[0])
 
 
 def unit_factor(vectors: Tensor) -> float:

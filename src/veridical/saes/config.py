@@ -87,10 +87,10 @@ class SAEConfig:
     k_aux: int | None = None
     """Dead latents that the auxiliary loss activates for a token; the power of two nearest to half the input
     width when not given."""
-    aux_variant: Literal["relu", "signed"] = "relu"
-    """How the auxiliary loss reads a dead latent. `relu`, as published: its activation, so that a latent
-    whose pre-activation is never positive gets no gradient and stays dead. `signed`: its raw pre-activation,
-    which revives those too."""
+    aux_variant: Literal["relu", "straight_through"] = "relu"
+    """How the auxiliary loss moves a dead latent. `relu`, as published: through its activation, so that one
+    whose pre-activation is never positive gets no gradient and stays dead. `straight_through`: also where it
+    is negative, if that raises it, which revives those too."""
     dead_after: int = 10_000_000
     """Tokens without an activation above 1e-3 after which a latent is dead; at most a tenth of the run."""
 

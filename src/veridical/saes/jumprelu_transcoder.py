@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veridical.saes.base import Loss
 from veridical.saes.config import SAEConfig
 from veridical.saes.jumprelu import JumpReLU
 
@@ -41,10 +42,14 @@ class JumpReLUTranscoder(JumpReLU):
             return predicted
         return predicted + self.inputs(x) @ self.W_skip.mT / self.scale_out
 
-    def targets(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """What the latents have to make up: the target less what the skip path predicts."""
-        target = super().targets(x, y)
-        return target - self.inputs(x) @ self.W_skip.mT if self.config.skip else target
+    def loss(
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+    ) -> Loss:
+        """As for JumpReLU; latents have to make up the target less what the skip path predicts."""
+        y = x if y is None else y
+        if self.config.skip:
+            y = y - self.inputs(x) @ self.W_skip.mT / self.scale_out
+        return super().loss(x, y, dead=dead, ramp=ramp)
 
     def _fold(self, state: dict[str, Tensor]) -> None:
         super()._fold(state)

@@ -180,11 +180,13 @@ def gather_sum(table: Tensor, picks: Tensor, starts: Tensor, weights: Tensor) ->
 
 
 def dots(left: Tensor, right: Tensor, chosen: Chosen) -> Tensor:
-    """Inner product of a row of `left [rows, d]` with one of `right [columns, d]` for each entry, `[entries]`."""
+    """Inner products of rows of `left [rows, d]` and `right [columns, d]` for each entry, `[entries]`."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         shape = (len(left), len(right))
-        pattern = torch.sparse_csr_tensor(chosen.starts, chosen.columns, torch.zeros_like(chosen.values), shape)
+        pattern = torch.sparse_csr_tensor(
+            chosen.starts, chosen.columns, torch.zeros_like(chosen.values), shape, check_invariants=False
+        )
         return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 

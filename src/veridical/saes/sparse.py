@@ -26,7 +26,7 @@ class SparseSAE(SAE):
         """The latents that are active in a training batch, found while the pre-activations are scanned."""
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Squared error divided by the variance of the targets, plus AuxK for the dead latents.
 
@@ -36,7 +36,9 @@ class SparseSAE(SAE):
             target, encoded = self.targets(x, y), self.led(self.inputs(x), 3)
             encoded = encoded.expand(len(self.configs), -1, -1)
             planned = plans(self.configs, self.d_in, None if dead is None else self.led(dead, 2))
-            blocks = [Block(plan.member, plan.ids, encoded.new_empty(len(x), len(plan.ids))) for plan in planned]
+            blocks = [
+                Block(plan.member, plan.ids, encoded.new_empty(len(x), len(plan.ids))) for plan in planned
+            ]
             scan = Scan(encoded, self.led(self.W_enc, 3), self.led(self.b_enc, 2), blocks, self.product_dtype)
             chosen = self.pick(scan)
             scan.complete()

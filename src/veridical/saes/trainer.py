@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from veridical.saes.config import SAEConfig
 from veridical.saes.group import Group, Member, shape_key
 from veridical.saes.kinds import kind
 from veridical.saes.measure import Figures, measure
+from veridical.saes.origin import SAEOrigin
 from veridical.saes.runs import Run, SAERuns
 from veridical.saes.stream import Batch, Stream, as_stream, check_finite, check_size
 
@@ -86,12 +88,8 @@ def train_saes(
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     training = _Training(stream, wanted, chosen, progress)
     if store is not None:
-        asked = {
-            "configs": [to_dict(config) for config in wanted],
-            "data": stream.identity,
-            "holdout": holdout,
-        }
-        training.keep_in(Folder(store, {**asked, "seed": seed}), checkpoint_minutes * 60)
+        asked = {"seed": seed, "holdout": holdout, "configs": [to_dict(config) for config in wanted]}
+        training.keep_in(Folder(store, {**asked, "data": stream.identity}), checkpoint_minutes * 60)
     return training.run()
 
 
@@ -120,8 +118,11 @@ class _Training:
     def run(self) -> SAERuns:
         """Trains until every member is done."""
         if self.steps == 0:
+            sample = self.stream.sample(SAMPLE)
+            check_finite(sample, "in a sample of the training vectors")
+            check_finite(self.stream.held_out, "among the held-out vectors")
             for group in self.groups:
-                group.stack.calibrate(*self._read(group.members[0].config, self.stream.sample(SAMPLE)))
+                group.stack.calibrate(*self._read(group.members[0].config, sample))
         total = max(member.tokens for member in self.members)
         with bar(total, "SAEs", "tokens", self.progress) as shown:
             shown.update(self.steps * self.size)
@@ -136,7 +137,7 @@ class _Training:
         before, began = self.seconds, time.monotonic()
         kept = began
         for batch in self.stream.batches(self.size):
-            check_finite(batch, self.steps * self.size)
+            check_finite(batch, f"after {self.steps * self.size:,} training vectors")
             for group in list(self.groups):
                 self._step(group, batch)
             self.steps += 1
@@ -160,12 +161,13 @@ class _Training:
 
     def _look(self, group: Group, loss: Loss) -> None:
         """Keeps figures now and then, and lets go who is done or no longer finite."""
-        finite = loss.total.detach().isfinite().tolist()
+        total = loss.total.detach()
+        finite = total.isfinite().tolist()
         for number, (member, sound) in enumerate(list(zip(group.members, finite))):
             every = max(member.tokens // HISTORY, 1)
             if member.seen // every > (member.seen - group.batch) // every or member.done or not sound:
                 parts = {name: float(value[number]) for name, value in loss.parts.items()}
-                member.history.append({"tokens": member.seen, "loss": float(loss.total[number]), **parts})
+                member.history.append({"tokens": member.seen, "loss": float(total[number]), **parts})
         for member, sound in list(zip(group.members, finite)):
             if not sound:
                 rate = member.config.learning_rate(group.d_in)
@@ -188,6 +190,14 @@ class _Training:
     def _run(self, member: Member, sae: SAE, cancelled: str | None) -> Run:
         folded = None if cancelled else sae.folded()
         figures = None if folded is None else self._measure(folded)
+        if folded is not None and figures is not None:
+            folded.origin = SAEOrigin(
+                **self.stream.facts,
+                trained_on=member.seen,
+                metrics={**asdict(figures), "explained_variance": figures.explained_variance},
+            )
+            if member.config.site is None and not member.config.sites and self.stream.facts:
+                folded.configs = (replace(member.config, site=self.stream.site(None)),)
         return Run(member.name, member.config, folded, figures, member.seen, tuple(member.history), cancelled)
 
     def _measure(self, sae: SAE) -> Figures:
