@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -135,13 +136,11 @@ def demo(options: DemoVerb) -> Path:
     return page
 
 
-def saved_probe(job: str) -> Callable[[Any], Path]:
-    """A job of `veridical probe` on saved probes; imported when it is run."""
+def job(module: str, name: str) -> Callable[[Any], Path]:
+    """A job of another module; imported when it is run."""
 
     def run(options: Any) -> Path:
-        from veridical import probing
-
-        return getattr(probing, job)(options)
+        return getattr(importlib.import_module(f"veridical.{module}"), name)(options)
 
     return run
 
@@ -150,9 +149,12 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "demo": demo,
     "collect": collect,
     "probe": probe,
-    "probe eval": saved_probe("evaluate"),
-    "probe transfer": saved_probe("transfer"),
-    "probe monitor": saved_probe("monitor"),
+    "probe eval": job("probing", "evaluate"),
+    "probe transfer": job("probing", "transfer"),
+    "probe monitor": job("probing", "monitor"),
+    "sae train": job("saes.jobs", "train"),
+    "sae eval": job("saes.jobs", "evaluate"),
+    "sae features": job("saes.jobs", "features"),
     "report": assemble,
     "ls": ls,
 }

@@ -26,6 +26,8 @@ class Texts(Inputs):
     beliefs: bool | None = None
     """Ask the model first what it believes, so that rows end in its own answers and have the labels of that;
     by default when such a label is asked for."""
+    split: str | None = None
+    """Only the rows whose split column has this value, such as test."""
     read: str | int = "all"
     """Tokens that are read of each text: all, last, mean, answer, prompt_last, span, or an index."""
     batch_tokens: int = 2048
@@ -78,7 +80,7 @@ class SAETrainVerb(SAEConfig, SAETraining):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SAEEvalVerb(Texts):
-    """Judges saved SAEs on texts: variance explained, L0, dead latents, cross-entropy recovered, few-latent probes.
+    """Judges saved SAEs on texts: variance explained, L0, dead latents, cross-entropy recovered, labels.
 
     Example: veridical sae eval saes/tiny-liar/answers --model tiny-liar --data honesty --target lied
 
@@ -90,8 +92,6 @@ class SAEEvalVerb(Texts):
     """Folders of saved SAEs. Required."""
     site: str | None = None
     """Where they read, for SAEs that do not say."""
-    split: str | None = None
-    """Only the rows whose split column has this value, such as test."""
     target: str | None = None
     """Label column for probes on few latents, and for feature absorption."""
     where: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class SAEEvalVerb(Texts):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SAEFeaturesVerb(Texts):
-    """Shows an SAE's features: an index, pages with examples and logit effects, and those that separate a label.
+    """Shows an SAE's features: an index, pages with examples and logit effects, and what separates a label.
 
     Example: veridical sae features saes/tiny-liar/answers --model tiny-liar --data honesty --target lied
 
