@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-
 from sae_makers import EVERY, random_sae, vectors
+
 from veridical.errors import DamagedFileError, InputError
 from veridical.saes.origin import SAEOrigin
 from veridical.saes.saved import load_sae, save_sae
@@ -180,7 +180,9 @@ def test_a_trained_sae_says_where_it_came_from(hooked, tmp_path):
     import veridical as vd
 
     model = hooked("llama")
-    texts = [f"the capital of {name} is Paris; answer yes or no {number}" for number in range(40) for name in "ab"]
+    texts = [
+        f"the capital of {name} is Paris; answer yes or no {number}" for number in range(40) for name in "ab"
+    ]
     acts = vd.collect(model, texts, sites="resid_post.1", tokens="all", progress=False)
     runs = vd.train_saes(acts, vd.SAEConfig(width=64, k=4, batch=64, lr=1e-2), progress=False)
     sae = runs[0]

@@ -129,7 +129,7 @@ class Absorption:
         return f"<p><b>{html.escape(repr(self))}</b></p>{table}"
 
 
-def absorption(
+def measure_absorption(
     sae: SAE,
     acts: Activations | Mapping[str, Any],
     config: ProbeConfig | None = None,

@@ -28,7 +28,7 @@ Edit = Callable[[Tensor, Tensor], Tensor]
 """Takes the SAE's input `[n, d_in]` and the value at its output site `[n, d_out]`; gives the new value."""
 
 
-def splice(
+def spliced(
     model: HookedModel, sae: SAE, *, site: str | None = None
 ) -> contextlib.AbstractContextManager[Run]:
     """A context in which the model runs on the SAE's reconstruction instead of its own activations.
@@ -55,10 +55,10 @@ def steer(
         sae: An SAE or transcoder.
         features: Strength of each feature, in the units of its activation: the largest activation seen on
             data (`FeatureTable`) is a natural scale.
-        site: As for `splice`.
+        site: As for `spliced`.
 
     Raises:
-        InputError: As for `splice`, or a feature that the SAE does not have.
+        InputError: As for `spliced`, or a feature that the SAE does not have.
     """
     sae = unscaled(sae)
     numbers, strengths = _features(sae, features)
@@ -75,10 +75,10 @@ def clamp(
         model: The model that the SAE belongs to.
         sae: An SAE or transcoder.
         features: Activation to hold each feature at; 0 ablates it.
-        site: As for `splice`.
+        site: As for `spliced`.
 
     Raises:
-        InputError: As for `splice`, or a feature that the SAE does not have.
+        InputError: As for `spliced`, or a feature that the SAE does not have.
     """
     sae = unscaled(sae)
     numbers, wanted = _features(sae, features)
@@ -138,7 +138,7 @@ def hooks_for(
         model: The model.
         sae: The SAE.
         edit: What to put in place of the value.
-        site: As for `splice`.
+        site: As for `spliced`.
         where: `[rows, pos]` bool, the tokens to edit; all when not given.
     """
     source, target = places(model, sae, site)
