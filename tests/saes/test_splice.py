@@ -148,6 +148,26 @@ def test_heads_are_spliced_side_by_side(hooked):
     torch.testing.assert_close(made.flatten(1), sae(plain.flatten(1)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
+def test_normalised_rows_are_edited_in_their_own_units(hooked, how):
+    """Ablating a feature is what running the SAE without its latent would take out of the reconstruction."""
+    from veridical.saes.row_norm import RowNormalised
+
+    model, inner = hooked("llama"), random_sae("topk", d_in=32, width=64, site=SITE)
+    sae = RowNormalised(inner, how)
+    plain, logits = values(model)
+    feature, _ = active_feature(model, sae)
+    with ablate(model, sae, feature):
+        ablated, changed = values(model)
+    without = random_sae("topk", d_in=32, width=64, site=SITE)
+    without.W_dec[feature] = 0
+    wanted = sae(plain) - RowNormalised(without, how)(plain)
+    torch.testing.assert_close(plain - ablated, wanted, rtol=1e-4, atol=1e-4)
+    assert (changed - logits).abs().max() > 1e-3
+    with spliced(model, sae):
+        torch.testing.assert_close(values(model)[0], sae(plain), rtol=1e-5, atol=1e-5)
+
+
 def test_undone_after_an_error(hooked, sae):
     model = hooked("llama")
     _, logits = values(model)

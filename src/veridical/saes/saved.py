@@ -27,6 +27,7 @@ from veridical.saes.formats.sparsify import WEIGHTS as SPARSIFY
 from veridical.saes.formats.sparsify import from_sparsify
 from veridical.saes.kinds import kind
 from veridical.saes.origin import SAEOrigin
+from veridical.saes.row_norm import RowNormalised
 
 if TYPE_CHECKING:
     from veridical.saes.base import SAE
@@ -80,6 +81,7 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
         "d_out": sae.d_out,
         "sae": to_dict(sae.config),
         "buffers": {name: raw.state_dict()[name].item() for name in BUFFERS if name in raw.state_dict()},
+        "row_norm": raw.how if isinstance(raw, RowNormalised) else None,
         "origin": origin.to_dict(),
         "files": {name: digest(content) for name, content in parts.items()},
     }
@@ -164,6 +166,7 @@ def _load_own(folder: Path) -> SAE:
     sae = kind(options.architecture)(options, config["d_in"], config["d_out"])
     state = tensors if name == OWN else _state(sae, tensors, config["buffers"])
     sae.load_state_dict(state, assign=True)
+    sae = sae if config["row_norm"] is None else RowNormalised(sae, config["row_norm"])
     sae.origin = SAEOrigin.from_dict(config["origin"])
     return sae.eval().requires_grad_(False)
 

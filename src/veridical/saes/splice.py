@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError
+from veridical.saes.row_norm import RowNormalised
 from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def steer(
     sae = unscaled(sae)
     numbers, strengths = _features(sae, features)
     added = strengths @ sae.W_dec.detach()[numbers].to(strengths)
-    return _edited(model, sae, lambda x, y: y + added.to(y), site)
+    return _edited(model, sae, lambda x, y: y + (added * _units(sae, x)).to(y), site)
 
 
 def clamp(
@@ -85,7 +86,7 @@ def clamp(
 
     def edit(x: Tensor, y: Tensor) -> Tensor:
         found = sae.encode(cast(sae, x))[..., numbers]
-        change = (wanted.to(found) - found) @ sae.W_dec[numbers].to(found)
+        change = (wanted.to(found) - found) @ sae.W_dec[numbers].to(found) * _units(sae, x)
         return y + change.to(y)
 
     return _edited(model, sae, edit, site)
@@ -172,6 +173,11 @@ def _edited(
             yield run
 
     return running()
+
+
+def _units(sae: SAE, x: Tensor) -> Tensor | float:
+    """What a step of 1 in latents is worth in raw units, for rows `x`: 1, but where rows are normalised."""
+    return sae.row_units(cast(sae, x)) if isinstance(sae, RowNormalised) else 1.0
 
 
 def _one(model: HookedModel, site: Any, width: int, verb: str) -> str:
