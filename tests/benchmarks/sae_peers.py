@@ -1,8 +1,9 @@
-"""TopK training steps of this package and of its peers behind one face: `step(x)`, `encode(x)`, `decoder`.
+r"""TopK training steps of this package and of its peers behind one face: `step(x)`, `encode(x)`, `decoder`.
 
 SAELens is in the `lens` extra. sparsify and dictionary_learning are not dependencies; install them beside:
 
-    pip install --no-deps --target DIR eai-sparsify dictionary-learning natsort simple-parsing docstring-parser
+    pip install --no-deps --target DIR eai-sparsify dictionary-learning natsort simple-parsing \
+        docstring-parser schedulefree einops
     python tests/benchmarks/bench_sae.py --peers DIR
 
 A peer that is not found is left out of the table. All are given the same data, batch, learning rate (constant
@@ -102,6 +103,7 @@ class SAELens:
             total_training_samples=steps * batch,
             train_batch_size_samples=batch,
             lr=lr,
+            lr_end=lr,
             dead_feature_window=max(options.get("dead_after", 12_800) // batch, 1),
         )
         self.trainer = SAETrainer(trainer, self.sae, iter(()))
@@ -137,7 +139,7 @@ class SAELens:
 
 
 class Sparsify:
-    """The step of sparsify's `Trainer` on a `SparseCoder`, with `torch.optim.Adam`, which it uses on a CPU."""
+    """The step of sparsify's `Trainer` on a `SparseCoder`, with `torch.optim.Adam` as on a CPU."""
 
     def __init__(
         self, d: int, width: int, k: int, lr: float, batch: int, steps: int, seed: int, **options: Any
