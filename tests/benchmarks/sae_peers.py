@@ -37,8 +37,11 @@ class Contender(Protocol):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Reconstruction of `x [B, d]`."""
 
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """Encoder rows `[F, d]` and bias `[F]`, to be changed in place."""
+
     def hold_dead(self, count: int) -> None:
-        """Silences the first latents and says that they were silent for long."""
+        """Says that the first latents were silent for long."""
 
     def still_dead(self, count: int, since: int) -> int:
         """How many of the first latents were silent in the last `since` tokens."""
@@ -73,8 +76,6 @@ class Ours:
         return self.group.stack.W_dec[0].detach()
 
     def hold_dead(self, count: int) -> None:
-        with torch.no_grad():
-            self.group.stack.b_enc[0, :count] = -1e4
         self.group.silent[0, :count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -126,8 +127,6 @@ class SAELens:
         return self.sae.W_dec.detach()
 
     def hold_dead(self, count: int) -> None:
-        with torch.no_grad():
-            self.sae.b_enc[:count] = -1e4
         self.trainer.n_forward_passes_since_fired[:count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -177,7 +176,6 @@ class Sparsify:
         return self.sae.W_dec.detach()
 
     def hold_dead(self, count: int) -> None:
-        self.sae.encoder.bias.data[:count] = -1e4
         self.silent[:count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -215,7 +213,6 @@ class DictionaryLearning:
         return self.trainer.ae.decoder.weight.detach().T
 
     def hold_dead(self, count: int) -> None:
-        self.trainer.ae.encoder.bias.data[:count] = -1e4
         self.trainer.num_tokens_since_fired[:count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
