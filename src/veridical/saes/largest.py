@@ -1,8 +1,8 @@
 """The k largest of each row, found among few candidates.
 
-`torch.topk` on a CPU is as dear as the encoder's product. The k-th largest of the maxima of disjoint blocks is
-a lower bound of the k-th largest of all: k blocks hold a value that large. Few values reach it, so the row is
-searched once for those and only they are sorted. numpy's `partition` is vectorised for such short rows.
+`torch.topk` on a CPU is as dear as the encoder's product. The k-th largest of the maxima of disjoint blocks
+is a lower bound of the k-th largest of all: k blocks hold a value that large. Few values reach it, so the row
+is searched once for those and only they are sorted. numpy's `partition` is vectorised for such short rows.
 """
 
 from __future__ import annotations
