@@ -1,8 +1,9 @@
-"""TopK training steps of this package and of its peers behind one face: `step(x)`, `encode(x)`, `decoder`.
+r"""TopK training steps of this package and of its peers behind one face: `step(x)`, `encode(x)`, `decoder`.
 
 SAELens is in the `lens` extra. sparsify and dictionary_learning are not dependencies; install them beside:
 
-    pip install --no-deps --target DIR eai-sparsify dictionary-learning natsort simple-parsing docstring-parser
+    pip install --no-deps --target DIR eai-sparsify dictionary-learning natsort simple-parsing \
+        docstring-parser schedulefree einops
     python tests/benchmarks/bench_sae.py --peers DIR
 
 A peer that is not found is left out of the table. All are given the same data, batch, learning rate (constant
@@ -36,8 +37,11 @@ class Contender(Protocol):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Reconstruction of `x [B, d]`."""
 
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """Encoder rows `[F, d]` and bias `[F]`, to be changed in place."""
+
     def hold_dead(self, count: int) -> None:
-        """Silences the first latents and says that they were silent for long."""
+        """Says that the first latents were silent for long."""
 
     def still_dead(self, count: int, since: int) -> int:
         """How many of the first latents were silent in the last `since` tokens."""
@@ -72,8 +76,6 @@ class Ours:
         return self.group.stack.W_dec[0].detach()
 
     def hold_dead(self, count: int) -> None:
-        with torch.no_grad():
-            self.group.stack.b_enc[0, :count] = -1e4
         self.group.silent[0, :count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +104,7 @@ class SAELens:
             total_training_samples=steps * batch,
             train_batch_size_samples=batch,
             lr=lr,
+            lr_end=lr,
             dead_feature_window=max(options.get("dead_after", 12_800) // batch, 1),
         )
         self.trainer = SAETrainer(trainer, self.sae, iter(()))
@@ -124,8 +127,6 @@ class SAELens:
         return self.sae.W_dec.detach()
 
     def hold_dead(self, count: int) -> None:
-        with torch.no_grad():
-            self.sae.b_enc[:count] = -1e4
         self.trainer.n_forward_passes_since_fired[:count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -137,7 +138,7 @@ class SAELens:
 
 
 class Sparsify:
-    """The step of sparsify's `Trainer` on a `SparseCoder`, with `torch.optim.Adam`, which it uses on a CPU."""
+    """The step of sparsify's `Trainer` on a `SparseCoder`, with `torch.optim.Adam` as on a CPU."""
 
     def __init__(
         self, d: int, width: int, k: int, lr: float, batch: int, steps: int, seed: int, **options: Any
@@ -175,7 +176,6 @@ class Sparsify:
         return self.sae.W_dec.detach()
 
     def hold_dead(self, count: int) -> None:
-        self.sae.encoder.bias.data[:count] = -1e4
         self.silent[:count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,6 @@ class DictionaryLearning:
         return self.trainer.ae.decoder.weight.detach().T
 
     def hold_dead(self, count: int) -> None:
-        self.trainer.ae.encoder.bias.data[:count] = -1e4
         self.trainer.num_tokens_since_fired[:count] = 10**9
 
     def parameters(self) -> tuple[Tensor, Tensor]:
