@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-
 from sae_makers import random_sae
+
 from veridical.errors import DataError
-from veridical.saes.absorption import absorption
+from veridical.saes.absorption import measure_absorption
 
 D, CHILDREN = 64, 40
 QUICK = {"bootstrap": 50}
@@ -52,7 +52,7 @@ def dictionary(directions, absorbed, share=1.0):
 
 def test_a_clean_dictionary_absorbs_nothing():
     x, present, directions = rows()
-    found = absorption(dictionary(directions, []), {"site": x}, target=present, **QUICK)
+    found = measure_absorption(dictionary(directions, []), {"site": x}, target=present, **QUICK)
     assert found.main == (0,)
     assert found.full.value == 0
     assert found.fraction.value == 0
@@ -64,7 +64,7 @@ def test_a_clean_dictionary_absorbs_nothing():
 @pytest.mark.parametrize("absorbed", [range(4), range(10, 22)])
 def test_planted_absorption_is_measured_at_its_rate(absorbed):
     x, present, directions = rows()
-    found = absorption(dictionary(directions, absorbed), {"site": x}, target=present, **QUICK)
+    found = measure_absorption(dictionary(directions, absorbed), {"site": x}, target=present, **QUICK)
     assert found.main[0] == 0
     assert set(found.absorbers["latent"]) == {1 + number for number in absorbed}
     expected = len(absorbed) / CHILDREN
@@ -78,7 +78,9 @@ def test_planted_absorption_is_measured_at_its_rate(absorbed):
 def test_a_latent_that_is_silent_for_another_reason_is_not_absorbed():
     """The parent latent is silent on a child, and nobody writes its direction: a hole, no absorption."""
     x, present, directions = rows()
-    found = absorption(dictionary(directions, range(8), share=0.0), {"site": x}, target=present, **QUICK)
+    found = measure_absorption(
+        dictionary(directions, range(8), share=0.0), {"site": x}, target=present, **QUICK
+    )
     assert found.silent.low <= 8 / CHILDREN <= found.silent.high
     assert found.full.value == 0
     assert found.fraction.value == 0
@@ -86,12 +88,12 @@ def test_a_latent_that_is_silent_for_another_reason_is_not_absorbed():
 
 def test_the_share_that_is_written_decides():
     x, present, directions = rows()
-    rates = [
-        absorption(dictionary(directions, range(8), share), {"site": x}, target=present, **QUICK).full.value
+    little, much = (
+        measure_absorption(dictionary(directions, range(8), share), {"site": x}, target=present, **QUICK)
         for share in (0.2, 0.8)
-    ]
-    assert rates[0] == 0
-    assert rates[1] > 0.1
+    )
+    assert little.full.value == 0
+    assert much.full.value > 0.1
 
 
 def test_a_split_feature_is_not_absorbed():
@@ -104,7 +106,7 @@ def test_a_split_feature_is_not_absorbed():
     for latent, own, other in ((0, first, second), (1, second, first)):
         sae.W_enc[latent] = torch.from_numpy(parent + own - 2 * other).float()
         sae.W_dec[latent] = torch.from_numpy(parent).float()
-    found = absorption(sae, {"site": x}, target=present, **QUICK)
+    found = measure_absorption(sae, {"site": x}, target=present, **QUICK)
     assert set(found.main) == {0, 1}
     assert found.full.value == 0
 
@@ -158,11 +160,11 @@ def test_judging_equals_the_definition_row_by_row():
 def test_shown_and_refused():
     x, present, directions = rows()
     sae = dictionary(directions, range(8))
-    found = absorption(sae, {"site": x}, target=present, **QUICK)
+    found = measure_absorption(sae, {"site": x}, target=present, **QUICK)
     section = found.report_section()
     assert len(section.tables) == 2
     assert "Absorption(target" in repr(found)
     assert found.to_frame()["full"].iloc[0] == found.full.value
     rare = (np.arange(600) % 10 == 0).astype(int)
     with pytest.raises(DataError, match="finds target on no held-out row"):
-        absorption(sae, {"site": torch.zeros(600, D)}, target=rare, **QUICK)
+        measure_absorption(sae, {"site": torch.zeros(600, D)}, target=rare, **QUICK)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from sae_makers import EVERY, empty_sae, exact_sae, random_sae, vectors
 
 import veridical as vd
-from sae_makers import EVERY, empty_sae, exact_sae, random_sae, vectors
 from veridical.errors import DataError, InputError, NonFiniteError
 from veridical.saes.evaluate import evaluate_sae
 from veridical.saes.evaluation import frontier

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from sae_makers import random_sae, vectors
 from safetensors.torch import load_file, save_file
 
-from sae_makers import random_sae, vectors
 from veridical.errors import ConfigError, DamagedFileError, InputError, NonFiniteError, UnknownNameError
 from veridical.saes.formats import from_saelens, to_saelens
 from veridical.saes.saved import load_sae, save_sae
@@ -165,9 +165,34 @@ def test_an_unfolded_input_scale_is_asked_for(lens, tmp_path):
 
 
 @pytest.mark.parametrize("normalise", ["layer_norm", "constant_norm_rescale"])
-def test_a_norm_of_each_row_is_refused(lens, tmp_path, normalise):
-    theirs_of(lens, "standard", normalize_activations=normalise).save_model(tmp_path)
-    with pytest.raises(InputError, match=f"normalises each row .{normalise}."):
+@pytest.mark.parametrize("name", ["standard", "topk", "jumprelu"])
+def test_rows_that_are_normalised_one_by_one(lens, tmp_path, normalise, name):
+    theirs = theirs_of(lens, name, normalize_activations=normalise)
+    theirs.save_model(tmp_path / "theirs")
+    ours = load_sae(tmp_path / "theirs")
+    x = 7 * vectors(60, 12, dtype=torch.float64) + torch.arange(60.0, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        same(ours(x), theirs(x), 1e-9)
+        same(ours.encode(x), theirs.encode(x), 1e-9)
+        save_sae(ours, tmp_path / "ours")
+        back, again = load_sae(tmp_path / "ours"), lens.SAE.load_from_disk(tmp_path / "ours")
+        same(back(x), ours(x), 1e-12)
+        same(ours(x), again(x), 1e-9)
+    assert normalise in repr(ours)
+    found = ours.evaluate(x, baselines=False)
+    error = (x - ours(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert found.metrics["fvu"].value == pytest.approx(float(error), rel=1e-6)
+    with pytest.raises(InputError, match="no output without their rows"):
+        ours.decode(ours.encode(x))
+    with pytest.raises(InputError, match="not trained here"):
+        ours.loss(x)
+
+
+def test_other_normalisations_are_refused(lens, tmp_path):
+    theirs_of(lens, "standard").save_model(tmp_path)
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "normalize_activations": "covariance_whitening"}))
+    with pytest.raises(UnknownNameError, match="unknown normalisation 'covariance_whitening'"):
         from_saelens(tmp_path)
 
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-
 from sae_makers import EVERY, random_sae, vectors
-from veridical.errors import DamagedFileError, InputError
+
+from veridical.errors import DamagedFileError, InputError, ModelError, NonFiniteError
 from veridical.saes.origin import SAEOrigin
 from veridical.saes.saved import load_sae, save_sae
 
@@ -106,6 +106,44 @@ def test_a_missing_file_or_folder_is_named(tmp_path):
         load_sae(tmp_path / "nowhere")
 
 
+def test_an_output_that_would_change_is_not_saved(tmp_path, monkeypatch):
+    """A writer that folds decoder norms twice, or turns the decoder, is found before anything is written."""
+    from veridical.saes.formats import saelens
+
+    real = saelens._theirs
+
+    def twice(sae):
+        name, extra, tensors = real(sae)
+        return name, extra, {**tensors, "W_dec": sae.W_dec * sae.W_dec.norm(dim=1, keepdim=True)}
+
+    def turned(sae):
+        name, extra, tensors = real(sae)
+        return name, extra, {**tensors, "W_dec": sae.W_dec.T.contiguous()}
+
+    for broken in (twice, turned):
+        monkeypatch.setattr(saelens, "_theirs", broken)
+        with pytest.raises(ModelError, match="give another output than the SAE itself"):
+            random_sae("relu", d_in=12, width=12).save(tmp_path / "sae")
+        assert not (tmp_path / "sae").exists()
+
+
+def test_a_diverged_sae_is_not_saved(tmp_path):
+    sae = random_sae("topk")
+    sae.W_dec[3, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        sae.save(tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_bfloat16_is_kept(tmp_path, architecture):
+    sae = random_sae(architecture).bfloat16()
+    back = load_sae(sae.save(tmp_path / "sae"))
+    assert back.W_dec.dtype == torch.bfloat16
+    x = vectors(20, 12)
+    torch.testing.assert_close(back(x), sae(x), rtol=0.05, atol=0.05)
+
+
 def test_a_stack_is_refused(tmp_path):
     one = random_sae("relu")
     with pytest.raises(InputError, match=r"stack\.member"):
@@ -180,7 +218,9 @@ def test_a_trained_sae_says_where_it_came_from(hooked, tmp_path):
     import veridical as vd
 
     model = hooked("llama")
-    texts = [f"the capital of {name} is Paris; answer yes or no {number}" for number in range(40) for name in "ab"]
+    texts = [
+        f"the capital of {name} is Paris; answer yes or no {number}" for number in range(40) for name in "ab"
+    ]
     acts = vd.collect(model, texts, sites="resid_post.1", tokens="all", progress=False)
     runs = vd.train_saes(acts, vd.SAEConfig(width=64, k=4, batch=64, lr=1e-2), progress=False)
     sae = runs[0]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
 from sae_makers import exact_sae, random_sae
+
 from veridical.errors import InputError, UnknownNameError
-from veridical.saes.splice import ablate, clamp, splice, steer
+from veridical.saes.splice import ablate, clamp, spliced, steer
 
 TEXTS = ["the capital of France is Paris", "what is the symbol of gold?"]
 SITE = "resid_post.1"
@@ -34,11 +34,11 @@ def active_feature(model, sae):
 def test_splicing_puts_the_reconstruction_in_place(hooked, sae):
     model = hooked("llama")
     plain, logits = values(model)
-    with splice(model, sae):
-        spliced, changed = values(model)
-    torch.testing.assert_close(spliced, sae(plain), rtol=1e-5, atol=1e-5)
+    with spliced(model, sae):
+        made, changed = values(model)
+    torch.testing.assert_close(made, sae(plain), rtol=1e-5, atol=1e-5)
     assert (changed - logits).abs().max() > 0.1
-    with splice(model, exact_sae(32, SITE)):
+    with spliced(model, exact_sae(32, SITE)):
         assert torch.equal(values(model)[1], logits)
     assert torch.equal(values(model)[1], logits)
 
@@ -128,7 +128,7 @@ def test_a_transcoder_writes_at_its_target(hooked):
     sae = random_sae("transcoder", d_in=32, width=64, site=source, target_site=target)
     x, _ = values(model, source)
     plain, logits = values(model, target)
-    with splice(model, sae):
+    with spliced(model, sae):
         torch.testing.assert_close(values(model, target)[0], sae(x), rtol=1e-5, atol=1e-5)
         assert torch.equal(values(model, source)[0], x)
     feature = int((sae.encode(x) > 0).float().mean(0).argmax())
@@ -143,9 +143,29 @@ def test_heads_are_spliced_side_by_side(hooked):
     model = hooked("llama")
     sae = random_sae("topk", d_in=32, width=64, site="z.1")
     plain, _ = values(model, "z.1")
-    with splice(model, sae):
-        spliced, _ = values(model, "z.1")
-    torch.testing.assert_close(spliced.flatten(1), sae(plain.flatten(1)), rtol=1e-5, atol=1e-5)
+    with spliced(model, sae):
+        made, _ = values(model, "z.1")
+    torch.testing.assert_close(made.flatten(1), sae(plain.flatten(1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
+def test_normalised_rows_are_edited_in_their_own_units(hooked, how):
+    """Ablating a feature is what running the SAE without its latent would take out of the reconstruction."""
+    from veridical.saes.row_norm import RowNormalised
+
+    model, inner = hooked("llama"), random_sae("topk", d_in=32, width=64, site=SITE)
+    sae = RowNormalised(inner, how)
+    plain, logits = values(model)
+    feature, _ = active_feature(model, sae)
+    with ablate(model, sae, feature):
+        ablated, changed = values(model)
+    without = random_sae("topk", d_in=32, width=64, site=SITE)
+    without.W_dec[feature] = 0
+    wanted = sae(plain) - RowNormalised(without, how)(plain)
+    torch.testing.assert_close(plain - ablated, wanted, rtol=1e-4, atol=1e-4)
+    assert (changed - logits).abs().max() > 1e-3
+    with spliced(model, sae):
+        torch.testing.assert_close(values(model)[0], sae(plain), rtol=1e-5, atol=1e-5)
 
 
 def test_undone_after_an_error(hooked, sae):
@@ -160,7 +180,7 @@ def test_gradients_flow_through_the_splice(hooked, sae):
     model = hooked("llama")
     inputs = model.batch(model.encode(TEXTS))
     embed = model.model.get_input_embeddings().weight
-    with splice(model, sae):
+    with spliced(model, sae):
         loss = model.run(inputs).logits.square().mean()
     (grad,) = torch.autograd.grad(loss, embed)
     assert torch.isfinite(grad).all()
@@ -178,8 +198,8 @@ def test_bad_input_is_named(hooked, sae):
     with pytest.raises(InputError, match="expected finite values"):
         clamp(model, sae, {3: float("nan")})
     with pytest.raises(UnknownNameError, match="nearest"):
-        splice(model, sae, site="resid_pots.1")
+        spliced(model, sae, site="resid_pots.1")
     with pytest.raises(InputError, match="names 3"):
-        splice(model, sae, site="resid_post.*")
+        spliced(model, sae, site="resid_post.*")
     with pytest.raises(InputError, match="does not say which site"):
-        splice(model, random_sae("topk", d_in=32))
+        spliced(model, random_sae("topk", d_in=32))

@@ -30,12 +30,13 @@ import pandas as pd
 
 from veridical import config as configs
 from veridical.config import ProbeConfig
-from veridical.errors import DataError
+from veridical.errors import DataError, InputError
 from veridical.probes import evaluate
 from veridical.probes.card import interval
 from veridical.probes.data import Source, Task, Where, as_conditions, choose_rows, read_source
 from veridical.probes.evaluate import Estimate
 from veridical.probes.logistic import LogisticProbe
+from veridical.saes.row_norm import RowNormalised
 from veridical.saes.sparse_probing import rank_latents, vectors
 from veridical.saes.units import unscaled
 
@@ -129,7 +130,7 @@ class Absorption:
         return f"<p><b>{html.escape(repr(self))}</b></p>{table}"
 
 
-def absorption(
+def measure_absorption(
     sae: SAE,
     acts: Activations | Mapping[str, Any],
     config: ProbeConfig | None = None,
@@ -151,6 +152,7 @@ def absorption(
         **options: Fields of `ProbeConfig`: `test_fraction`, `bootstrap`, `seed`, ...
 
     Raises:
+        InputError: An SAE that normalises each row.
         UnknownNameError: A column or option that does not exist.
         DataError: Empty data, one class, too few pairs, or a label that the linear probe cannot read either.
     """
@@ -163,6 +165,8 @@ def absorption(
         options["where"] = as_conditions(where)
     config = configs.build(ProbeConfig, config, **options)
     check_config(config)
+    if isinstance(sae, RowNormalised):
+        raise InputError("absorption compares lengths across rows, and this SAE normalises each row")
     sae = unscaled(sae)
     source = read_source(acts, target, groups, None, None)
     task = choose_rows(source, config, config.where)

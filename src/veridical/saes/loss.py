@@ -7,7 +7,7 @@ out near 1) and, beside it, the site's mean over the same texts, which is the ha
 
 Losses are those of the completions where the data have them, else of all tokens. A model predicts well only
 what it was trained to: on other text its loss can be above that of the ruined one, both differences are then
-negative, and their ratio looks like a splendid SAE. Where nothing is lost, nothing is recovered: not measured.
+negative, and their ratio looks like a splendid SAE. Where nothing is lost, nothing is recovered (NaN).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class SpliceLosses:
         if model < zero:
             return ()
         return (
-            f"The model predicts these tokens no better than with the site at zero (cross-entropy {model:.3g} "
-            f"against {zero:.3g}), so there is nothing to recover: judge it on text that it was trained to "
+            f"The model predicts these tokens no better than with the site at zero (cross-entropy {model:.3g}"
+            f" against {zero:.3g}), so there is nothing to recover: judge it on text that it was trained to "
             "predict.",
         )
 
@@ -107,7 +107,7 @@ def splice_losses(
         texts: Texts, chats, `Pairs` or token ids, as `collect` takes them. Losses are those of the completion
             in a row that has one, else of all tokens; every token is spliced.
         mean: `[d_out]`, the mean of the output site.
-        site: As for `splice`.
+        site: As for `spliced`.
         batch_tokens: Tokens in one batch, padding included.
         progress: Progress bar; by default only on a terminal or in a notebook.
 

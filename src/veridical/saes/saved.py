@@ -11,9 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from veridical import files
 from veridical.config import build, to_dict
-from veridical.errors import DamagedFileError, DataError, InputError
+from veridical.errors import DamagedFileError, DataError, InputError, ModelError, NonFiniteError
 from veridical.probes.saved import canonical, digest, read_checked, write_folder
 from veridical.provenance import provenance
 from veridical.saes.config import SAEConfig
@@ -24,10 +27,9 @@ from veridical.saes.formats.sparsify import WEIGHTS as SPARSIFY
 from veridical.saes.formats.sparsify import from_sparsify
 from veridical.saes.kinds import kind
 from veridical.saes.origin import SAEOrigin
+from veridical.saes.row_norm import RowNormalised
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from veridical.saes.base import SAE
 
 FORMAT = 1
@@ -40,32 +42,29 @@ OWN, CONFIG, METRICS, PROVENANCE, CARD = (
 )
 BUFFERS = ("variance", "updates")
 """What training goes on from, and SAELens has no place for."""
+CHECKED = 16
+"""Random rows on which what is saved is compared with what was to be saved."""
 
 
 def save_sae(sae: SAE, folder: str | Path) -> Path:
     """Saves one SAE into `folder`, whole or not at all where the folder is new.
 
-    Files of the same names are replaced; others in the folder are left alone.
+    Files of the same names are replaced; others in the folder are left alone. Before anything is written,
+    what would be read back is run on random rows and compared with the SAE that is saved.
 
     Raises:
         InputError: A stack of SAEs.
+        NonFiniteError: The SAE gives NaN or infinity.
+        ModelError: The saved weights would give another output.
     """
-    from safetensors.torch import save
-
     from veridical.saes.card import card
     from veridical.saes.units import unscaled
 
     if sae.stacked:
         raise InputError("this is a stack of SAEs; save one at a time with stack.member(number)")
     folder, raw, origin = Path(folder), unscaled(sae), origin_of(sae)
-    try:
-        cfg, tensors = saelens.described(raw)
-        cfg["metadata"]["model_name"] = origin.model
-        parts = {saelens.WEIGHTS: save(tensors), saelens.CFG: canonical(cfg)}
-    except InputError:
-        parts = {
-            OWN: save({name: value.detach().cpu().contiguous() for name, value in raw.state_dict().items()})
-        }
+    parts, again = _weights(raw, origin.model)
+    _check_output(sae, again)
     parts[METRICS] = canonical(dict(origin.metrics))
     parts[PROVENANCE] = canonical(
         provenance(
@@ -82,6 +81,7 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
         "d_out": sae.d_out,
         "sae": to_dict(sae.config),
         "buffers": {name: raw.state_dict()[name].item() for name in BUFFERS if name in raw.state_dict()},
+        "row_norm": raw.how if isinstance(raw, RowNormalised) else None,
         "origin": origin.to_dict(),
         "files": {name: digest(content) for name, content in parts.items()},
     }
@@ -118,6 +118,39 @@ def origin_of(sae: SAE) -> SAEOrigin:
     return sae.origin or SAEOrigin()
 
 
+def _weights(raw: SAE, model: str | None) -> tuple[dict[str, bytes], SAE]:
+    """The files of the weights, and the SAE that they are read as: by SAELens where it has a class for it."""
+    from safetensors.torch import save
+
+    try:
+        cfg, tensors = saelens.described(raw)
+    except InputError:
+        own = {name: value.detach().cpu().contiguous() for name, value in raw.state_dict().items()}
+        again = kind(raw.config.architecture)(raw.config, raw.d_in, raw.d_out)
+        again.load_state_dict(own, assign=True)
+        return {OWN: save(own)}, again
+    cfg["metadata"]["model_name"] = model
+    parts = {saelens.WEIGHTS: save(tensors), saelens.CFG: canonical(cfg)}
+    return parts, saelens.made(cfg, tensors, "the weights")
+
+
+def _check_output(sae: SAE, again: SAE) -> None:
+    """Refuses weights that would give another output on random rows than the SAE in memory does."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(CHECKED, sae.d_in, generator=random).to(sae.W_enc.device) / sae.scale
+    with torch.no_grad():
+        wanted, found = sae(rows).float().cpu(), again(rows.cpu()).float()
+    if not bool(torch.isfinite(wanted).all()):
+        raise NonFiniteError(f"{sae.config.label} gives NaN or infinity on random rows, so it is not saved")
+    tolerance = 0.05 if sae.W_enc.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    apart = float((wanted - found).norm() / wanted.norm().clamp_min(1e-12))
+    if apart > tolerance:
+        raise ModelError(
+            f"the weights of {sae.config.label} as they would be saved give another output than the SAE "
+            f"itself ({apart:.1%} of its length apart), so nothing was saved"
+        )
+
+
 def _load_own(folder: Path) -> SAE:
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -133,6 +166,7 @@ def _load_own(folder: Path) -> SAE:
     sae = kind(options.architecture)(options, config["d_in"], config["d_out"])
     state = tensors if name == OWN else _state(sae, tensors, config["buffers"])
     sae.load_state_dict(state, assign=True)
+    sae = sae if config["row_norm"] is None else RowNormalised(sae, config["row_norm"])
     sae.origin = SAEOrigin.from_dict(config["origin"])
     return sae.eval().requires_grad_(False)
 

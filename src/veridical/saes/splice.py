@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError
+from veridical.saes.row_norm import RowNormalised
 from veridical.saes.units import unscaled
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Edit = Callable[[Tensor, Tensor], Tensor]
 """Takes the SAE's input `[n, d_in]` and the value at its output site `[n, d_out]`; gives the new value."""
 
 
-def splice(
+def spliced(
     model: HookedModel, sae: SAE, *, site: str | None = None
 ) -> contextlib.AbstractContextManager[Run]:
     """A context in which the model runs on the SAE's reconstruction instead of its own activations.
@@ -55,15 +56,15 @@ def steer(
         sae: An SAE or transcoder.
         features: Strength of each feature, in the units of its activation: the largest activation seen on
             data (`FeatureTable`) is a natural scale.
-        site: As for `splice`.
+        site: As for `spliced`.
 
     Raises:
-        InputError: As for `splice`, or a feature that the SAE does not have.
+        InputError: As for `spliced`, or a feature that the SAE does not have.
     """
     sae = unscaled(sae)
     numbers, strengths = _features(sae, features)
     added = strengths @ sae.W_dec.detach()[numbers].to(strengths)
-    return _edited(model, sae, lambda x, y: y + added.to(y), site)
+    return _edited(model, sae, lambda x, y: y + (added * _units(sae, x)).to(y), site)
 
 
 def clamp(
@@ -75,17 +76,17 @@ def clamp(
         model: The model that the SAE belongs to.
         sae: An SAE or transcoder.
         features: Activation to hold each feature at; 0 ablates it.
-        site: As for `splice`.
+        site: As for `spliced`.
 
     Raises:
-        InputError: As for `splice`, or a feature that the SAE does not have.
+        InputError: As for `spliced`, or a feature that the SAE does not have.
     """
     sae = unscaled(sae)
     numbers, wanted = _features(sae, features)
 
     def edit(x: Tensor, y: Tensor) -> Tensor:
         found = sae.encode(cast(sae, x))[..., numbers]
-        change = (wanted.to(found) - found) @ sae.W_dec[numbers].to(found)
+        change = (wanted.to(found) - found) @ sae.W_dec[numbers].to(found) * _units(sae, x)
         return y + change.to(y)
 
     return _edited(model, sae, edit, site)
@@ -138,7 +139,7 @@ def hooks_for(
         model: The model.
         sae: The SAE.
         edit: What to put in place of the value.
-        site: As for `splice`.
+        site: As for `spliced`.
         where: `[rows, pos]` bool, the tokens to edit; all when not given.
     """
     source, target = places(model, sae, site)
@@ -172,6 +173,11 @@ def _edited(
             yield run
 
     return running()
+
+
+def _units(sae: SAE, x: Tensor) -> Tensor | float:
+    """What a step of 1 in latents is worth in raw units, for rows `x`: 1, but where rows are normalised."""
+    return sae.row_units(cast(sae, x)) if isinstance(sae, RowNormalised) else 1.0
 
 
 def _one(model: HookedModel, site: Any, width: int, verb: str) -> str:

@@ -10,7 +10,7 @@ too): `W_enc [d_in, F]`, `W_dec [F, d_out]`, `b_enc`, `b_dec`, and `threshold`, 
   encoder.
 - `normalize_activations`: SAELens runs `expected_average_only_in` as if it were `none`, because it expects
   the factor to be folded in; a folder that still says so has lost it, and is refused unless `scale` gives it.
-  Normalisations of each row (`layer_norm`, `constant_norm_rescale`) are no part of any SAE here: refused.
+  Normalisations of each row (`layer_norm`, `constant_norm_rescale`) are read as `RowNormalised`.
 - BatchTopK and matryoshka SAEs are JumpReLU SAEs there once trained; ours are written so. A TopK transcoder
   is written as a TopK SAE that does not centre, where its widths are equal and it has no skip path.
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from veridical import __version__
 from veridical.errors import ConfigError, DamagedFileError, InputError, unknown
 from veridical.saes.formats.parts import Parts, read_config, read_tensors, wanted
+from veridical.saes.row_norm import ROW_NORMS, RowNormalised
 
 if TYPE_CHECKING:
     from veridical.saes.base import SAE
@@ -99,6 +100,9 @@ def described(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     if sae.stacked:
         raise InputError("this is a stack of SAEs; write one at a time with stack.member(number)")
+    if isinstance(sae, RowNormalised):
+        cfg, tensors = described(sae.inner)
+        return {**cfg, "normalize_activations": sae.how}, tensors
     raw = unscaled(sae)
     architecture, extra, tensors = _theirs(raw)
     tensors = {
@@ -166,14 +170,13 @@ def made(
             f"{where} says normalize_activations=expected_average_only_in, but holds no factor; give it with "
             "scale=... (mean norm sqrt(d) over the mean norm in training), or 1.0 to run it as SAELens does"
         )
-    if normalisation not in ("none", "expected_average_only_in"):
-        raise InputError(
-            f"{where} normalises each row ({normalisation}); expected none or expected_average_only_in"
-        )
+    if normalisation not in ("none", "expected_average_only_in", *ROW_NORMS):
+        raise unknown("normalisation", normalisation, ("none", "expected_average_only_in", *ROW_NORMS))
     parts = _ours(cfg, dict(tensors), where)
     if scale is not None and scale != 1:
         _rescale(parts, scale)
-    return parts.make()
+    sae = parts.make()
+    return RowNormalised(sae, normalisation) if normalisation in ROW_NORMS else sae
 
 
 def _ours(cfg: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> Parts:
