@@ -1,4 +1,4 @@
-"""What `veridical ls` shows: embedded models and pairs, and the probes, stores and runs in a folder."""
+"""What `veridical ls` shows: embedded models and pairs, and the probes, SAEs, stores and runs in a folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def embedded() -> Iterator[Item]:
 
 
 def found(folder: Path) -> Iterator[Item]:
-    """Probes, stores and runs in `folder`, at most four levels deep."""
+    """Probes, SAEs, stores and runs in `folder`, at most four levels deep."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
         depth = len(here.relative_to(folder).parts)
@@ -75,6 +75,8 @@ def found(folder: Path) -> Iterator[Item]:
 def _item(here: Path, names: set[str]) -> Item | None:
     if "manifest.json" in names:
         return _store(here)
+    if names & {"sae_weights.safetensors", "sae.veridical.safetensors"}:
+        return _sae(here, names)
     if {"config.json", "weights.safetensors"} <= names:
         return _probe(here)
     if {"config.json", "provenance.json", "section.json"} <= names:
@@ -101,6 +103,19 @@ def _probe(here: Path) -> Item | None:
     if "auroc" in metrics:
         said.append(f"AUROC {metrics['auroc']:.3f}")
     return Item(str(here), "probe", _size(here), ", ".join(said))
+
+
+def _sae(here: Path, names: set[str]) -> Item:
+    """A sparse autoencoder with its site and figures, or one that another library saved."""
+    if "config.json" not in names:
+        return Item(str(here), "SAE", _size(here), "of SAELens")
+    config = read_json(here / "config.json")
+    options, figures = config["sae"], config["origin"]["metrics"]
+    said = [str(options["architecture"])]
+    said += [site for site in (options["site"], *options["sites"]) if site]
+    if figures.get("l0") is not None and figures.get("fvu") is not None:
+        said.append(f"L0 {figures['l0']:.3g}, FVU {figures['fvu']:.3f}")
+    return Item(str(here), "SAE", _size(here), ", ".join(said))
 
 
 def _run(here: Path) -> Item:

@@ -148,7 +148,7 @@ class ReportVerb:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LsVerb:
-    """Lists embedded models and pairs, and the probes, stores and runs in a folder.
+    """Lists embedded models and pairs, and the probes, SAEs, stores and runs in a folder.
 
     Example: veridical ls runs
     """

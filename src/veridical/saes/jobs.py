@@ -206,7 +206,7 @@ def _few_latents(
 ) -> None:
     """Probes on few latents and feature absorption for the label that the options name, as sections."""
     from veridical.activations import collect
-    from veridical.saes.absorption import absorption
+    from veridical.saes.absorption import measure_absorption
     from veridical.saes.sparse_probing import sparse_probes
 
     acts = collect(model, texts, steps.reading(options, sae, tokens=options.label_tokens))
@@ -217,7 +217,7 @@ def _few_latents(
     probes.report_section().save(out / f"latents-{name}")
     probes.to_frame().to_csv(out / f"latents-{name}.csv", index=False)
     try:
-        absorbed = absorption(sae, acts, **shared)
+        absorbed = measure_absorption(sae, acts, **shared)
     except DataError as error:
         log.warning("no absorption of %s in %s: %s", options.target, name, error)
         return

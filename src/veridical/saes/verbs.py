@@ -82,7 +82,7 @@ class SAETrainVerb(SAEConfig, SAETraining):
 class SAEEvalVerb(Texts):
     """Judges saved SAEs on texts: variance explained, L0, dead latents, cross-entropy recovered, labels.
 
-    Example: veridical sae eval saes/tiny-liar/answers --model tiny-liar --data honesty --target lied
+    Example: veridical sae eval saes/tiny-liar/layer4-k16 --model tiny-liar --data honesty --target lied
 
     Reads folders of Veridical, SAELens, sparsify and dictionary_learning. With several, their L0 and FVU are
     drawn in one figure. Give texts that they were not trained on.
@@ -108,7 +108,7 @@ class SAEEvalVerb(Texts):
 class SAEFeaturesVerb(Texts):
     """Shows an SAE's features: an index, pages with examples and logit effects, and what separates a label.
 
-    Example: veridical sae features saes/tiny-liar/answers --model tiny-liar --data honesty --target lied
+    Example: veridical sae features saes/tiny-liar/layer4-k16 --model tiny-liar --data honesty --target lied
 
     Pages are for the features given, else for those that separate --target, else for the most active.
     """
