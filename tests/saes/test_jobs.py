@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sae_makers import random_sae
 from safetensors.torch import save_file
 
 import veridical as vd
-from sae_makers import random_sae
 from veridical import cli
 from veridical.errors import ConfigError, DataError
 from veridical.saes import steps, texts

@@ -156,8 +156,9 @@ def separation_section(between: Separation) -> Section:
     headline = ()
     if "auroc" in frame and len(frame):
         first = frame.iloc[0]
-        said = f"feature {int(first['feature'])} alone separates {between.sides[1]} (AUROC)"
-        headline = ((said, f"{first['auroc']:.3f}"),)
+        higher = bool(first["chosen_by"] >= 0.5)
+        said = f"feature {int(first['feature'])} alone, {'higher' if higher else 'lower'} where {between.sides[1]}"
+        headline = ((f"AUROC of {said}", f"{first['auroc'] if higher else 1 - first['auroc']:.3f}"),)
     return replace(section, text=f"{SEPARATE}\n\n{section.text}", headline=headline)
 
 
