@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from veridical.saes import steps, texts
 from veridical.saes.formats import to_saelens
 from veridical.saes.saved import load_sae
 
+ROOT = Path(__file__).parents[2]
 SITE = "resid_post.1"
 NAMES = ["France", "Italy", "Rome", "gold", "silver", "truth", "Au", "Ag"]
 QUICK = ["--bootstrap", "20", "--batch-tokens", "512"]
@@ -359,6 +361,24 @@ def test_bad_folders(capsys, trained, model_folder, data, tmp_path):
     assert "sae_weights.safetensors" in fails(capsys, "sae", "eval", tmp_path / "copy", *words)
     said = fails(capsys, "sae", "features", trained / "saes" / "eight", *words, "--target", "labl")
     assert "nearest: label" in said
+
+
+def test_recipes_in_the_repository_are_valid():
+    recipes = {path.stem: path for path in (ROOT / "saes" / "recipes").glob("*.yaml")}
+    assert set(recipes) >= {"tiny_liar", "gpt2_small", "llama3_8b"}
+    widths = {"tiny_liar": 128, "gpt2_small": 768, "llama3_8b": 4096}
+    for name, width in widths.items():
+        options = cli.parse("sae train", ["--config", str(recipes[name])])
+        options.require("sae train")
+        assert options.out == Path("runs") / f"sae_{name}"
+        for config in steps.members(options):
+            config.check(width)
+            assert config.aux == 1 / 32
+            assert config.site
+    large = steps.members(cli.parse("sae train", ["--config", str(recipes["llama3_8b"])]))[0]
+    assert (large.latents(4096), large.k, large.batch) == (131_072, 192, 131_072)
+    assert large.learning_rate(4096) == pytest.approx(2e-4 / 8**0.5)
+    assert large.warmup + large.decay == pytest.approx(1)
 
 
 def test_names_of_folders_are_told_apart(tmp_path):

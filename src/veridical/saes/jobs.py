@@ -157,8 +157,9 @@ def separation_section(between: Separation) -> Section:
     if "auroc" in frame and len(frame):
         first = frame.iloc[0]
         higher = bool(first["chosen_by"] >= 0.5)
-        said = f"feature {int(first['feature'])} alone, {'higher' if higher else 'lower'} where {between.sides[1]}"
-        headline = ((f"AUROC of {said}", f"{first['auroc'] if higher else 1 - first['auroc']:.3f}"),)
+        way = "higher" if higher else "lower"
+        said = f"AUROC of feature {int(first['feature'])} alone, {way} where {between.sides[1]}"
+        headline = ((said, f"{first['auroc'] if higher else 1 - first['auroc']:.3f}"),)
     return replace(section, text=f"{SEPARATE}\n\n{section.text}", headline=headline)
 
 

@@ -106,11 +106,11 @@ def cut(model: HookedModel, pairs: Pairs, context: int | None) -> Any:
     begin = getattr(model.tokenizer, "bos_token_id", None)
     pieces, owners = [], []
     for row, one in enumerate(encoded):
-        ids = list(one.ids)
-        lead = ids[:1] if begin is not None and ids[0] == begin else []
+        ids = np.asarray(one.ids, dtype=np.int32)
+        lead = ids[:1] if begin is not None and ids[0] == begin else ids[:0]
         body, room = ids[len(lead) :], context - len(lead)
         for at in range(0, max(len(body), 1), room):
-            pieces.append([*lead, *body[at : at + room]])
+            pieces.append(np.concatenate([lead, body[at : at + room]]))
             owners.append(row)
     frame = pairs.to_pandas()
     frame = frame.drop(columns=[name for name in NESTED if name in frame.columns])
