@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,13 @@ class _Training:
         self.size = max(config.batch for config in configs)
         self.runs: dict[str, Run] = {}
         self.members = self._named(configs)
-        self.groups = self._grouped(self.members)
+        self.groups = self._grouped(self._first())
+
+    @cached_property
+    def sample(self) -> Batch:
+        """Training vectors for scales, biases and variances; asked for before the stream moves, so that it is
+        the same whenever a member starts."""
+        return self.stream.sample(SAMPLE)
 
     def keep_in(self, folder: Folder, every: float) -> None:
         """Takes up the run that a folder holds, and keeps checkpoints there every so many seconds."""
@@ -115,14 +122,12 @@ class _Training:
 
     def run(self) -> SAERuns:
         """Trains until every member is done."""
+        check_finite(self.sample, "in a sample of the training vectors")
         if self.steps == 0:
-            sample = self.stream.sample(SAMPLE)
-            check_finite(sample, "in a sample of the training vectors")
             check_finite(self.stream.held_out, "among the held-out vectors")
             for group in self.groups:
-                group.stack.calibrate(*self._read(group.members[0].config, sample))
-        total = max(member.tokens for member in self.members)
-        with bar(total, "SAEs", "tokens", self.progress) as shown:
+                group.stack.calibrate(*self._read(group.members[0].config, self.sample))
+        with bar(self._length(), "SAEs", "tokens", self.progress) as shown:
             shown.update(self.steps * self.size)
             if self.groups:
                 self._train(shown)
@@ -139,6 +144,7 @@ class _Training:
             for group in list(self.groups):
                 self._step(group, batch)
             self.steps += 1
+            self._settle()
             shown.update(self.size)
             self.seconds = before + time.monotonic() - began
             if not self.groups:
@@ -147,6 +153,9 @@ class _Training:
                 self._checkpoint()
                 kept = time.monotonic()
         self._checkpoint()
+
+    def _settle(self) -> None:
+        """What happens between two steps: nothing here; a sweep judges its members and starts others."""
 
     def _step(self, group: Group, batch: Batch) -> None:
         x, y = self._read(group.members[0].config, batch)
@@ -191,11 +200,19 @@ class _Training:
         return Run(member.name, member.config, folded, figures, member.seen, tuple(member.history), cancelled)
 
     def _measure(self, sae: SAE) -> Figures:
-        x, y = self._read(sae.config, self.stream.held_out or self.stream.sample(SAMPLE))
+        x, y = self._read(sae.config, self.stream.held_out or self.sample)
         size = max(LATENT_BYTES // (4 * sae.width), 1)
         return measure(sae, ((x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)))[0]
 
     # Members
+
+    def _first(self) -> list[Member]:
+        """The members that begin at once."""
+        return self.members
+
+    def _length(self) -> int | None:
+        """Tokens that will be read, where that is known."""
+        return max(member.tokens for member in self.members)
 
     def _named(self, configs: list[SAEConfig]) -> list[Member]:
         names: dict[str, int] = {}
@@ -269,6 +286,7 @@ class _Training:
             "stream": self.stream.state(),
             "finished": list(self.runs),
             "groups": [[_member_state(member) for member in group.members] for group in self.groups],
+            **self._own_state(),
         }
         try:
             self.folder.write(self.steps, tensors, state)
@@ -276,6 +294,10 @@ class _Training:
             if not self.groups:
                 raise
             log.warning("no checkpoint after %s steps, training goes on: %s", f"{self.steps:,}", error)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside members and stream: nothing here."""
+        return {}
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         by_name = {member.name: member for member in self.members}
