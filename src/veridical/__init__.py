@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         view_tokens,
     )
     from veridical.reporting import report
-    from veridical.saes import SAEConfig, train_saes
+    from veridical.saes import SAEConfig, sweep_saes, train_saes
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -46,6 +46,7 @@ __all__ = [
     "load",
     "load_probe",
     "report",
+    "sweep_saes",
     "train_saes",
     "transfer_matrix",
     "view_tokens",
@@ -68,6 +69,7 @@ _HOME = {
     "load": "models",
     "load_probe": "probes",
     "report": "reporting",
+    "sweep_saes": "saes",
     "train_saes": "saes",
     "transfer_matrix": "probes",
     "view_tokens": "probes",

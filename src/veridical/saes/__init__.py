@@ -6,7 +6,9 @@ them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead l
 
 `train_saes` in `trainer` steps members of like shape as one (`group`), over vectors from a store, tensors, an
 iterator or a running model (`stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
-vectors, `runs` is what comes back. `latent_scaling` checks a crosscoder's exclusive latents.
+vectors, `runs` is what comes back. `sweep_saes` in `sweep` cancels bad members early by the rules of
+`halving`, here or over a cluster (`ray_engine`); `tracking` sends figures to trackio or wandb.
+`latent_scaling` checks a crosscoder's exclusive latents.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from veridical.saes.config import SAEConfig
     from veridical.saes.latent_scaling import LatentScaling, latent_scaling
     from veridical.saes.runs import SAERuns
+    from veridical.saes.sweep import sweep_saes
+    from veridical.saes.sweep_config import SweepConfig
+    from veridical.saes.swept import SAESweep
     from veridical.saes.trainer import train_saes
 
 _HOME = {
@@ -26,10 +31,23 @@ _HOME = {
     "LatentScaling": "latent_scaling",
     "SAEConfig": "config",
     "SAERuns": "runs",
+    "SAESweep": "swept",
+    "SweepConfig": "sweep_config",
     "latent_scaling": "latent_scaling",
+    "sweep_saes": "sweep",
     "train_saes": "trainer",
 }
-__all__ = ["SAE", "LatentScaling", "SAEConfig", "SAERuns", "latent_scaling", "train_saes"]
+__all__ = [
+    "SAE",
+    "LatentScaling",
+    "SAEConfig",
+    "SAERuns",
+    "SAESweep",
+    "SweepConfig",
+    "latent_scaling",
+    "sweep_saes",
+    "train_saes",
+]
 
 
 def __getattr__(name: str) -> Any:

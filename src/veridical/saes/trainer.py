@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from veridical.config import build, to_dict
 from veridical.errors import ConfigError, DamagedFileError, DiskFullError, InputError
 from veridical.progress import bar
-from veridical.provenance import provenance
+from veridical.provenance import fingerprint, provenance
 from veridical.saes.base import SAE, Loss
 from veridical.saes.checkpoint import Folder
 from veridical.saes.config import SAEConfig
@@ -30,6 +31,7 @@ from veridical.saes.kinds import kind
 from veridical.saes.measure import Figures, measure
 from veridical.saes.runs import Run, SAERuns
 from veridical.saes.stream import Batch, Stream, as_stream, check_finite, check_size
+from veridical.saes.tracking import Tracking
 
 log = logging.getLogger(__name__)
 SAMPLE = 8192
@@ -51,6 +53,8 @@ def train_saes(
     seed: int = 0,
     checkpoint_minutes: float = 5.0,
     device: str | torch.device | None = None,
+    tracker: str | None = None,
+    project: str = "veridical",
     progress: bool | None = None,
     **options: Any,
 ) -> SAERuns:
@@ -68,6 +72,9 @@ def train_saes(
         seed: Seed of the order of the vectors and of what is held out.
         checkpoint_minutes: Minutes between checkpoints; the last two are kept.
         device: Where to train; a GPU if there is one.
+        tracker: `trackio` or `wandb`: log every member as a run of its own there; nothing is sent when not
+            given.
+        project: Project that the tracker's runs are put into.
         progress: Progress bar; by default only on a terminal or in a notebook.
         **options: Fields of `SAEConfig`, for all configs.
 
@@ -89,6 +96,7 @@ def train_saes(
     if store is not None:
         asked = {"seed": seed, "holdout": holdout, "configs": [to_dict(config) for config in wanted]}
         training.keep_in(Folder(store, {**asked, "data": stream.identity}), checkpoint_minutes * 60)
+    training.track(tracker, project)
     return training.run()
 
 
@@ -100,6 +108,7 @@ class _Training:
     ) -> None:
         self.stream, self.device, self.progress = stream, device, progress
         self.folder: Folder | None = None
+        self.tracking: Tracking | None = None
         self.every = float("inf")
         self.steps, self.seconds = 0, 0.0
         self.size = max(config.batch for config in configs)
@@ -119,6 +128,13 @@ class _Training:
         found = folder.latest()
         if found is not None:
             self._restore(*found)
+
+    def track(self, tracker: str | None, project: str) -> None:
+        """Sends figures to a tracker from here on, if one is named."""
+        if tracker is not None:
+            configs = {member.name: to_dict(member.config) for member in self.members}
+            store = None if self.folder is None else fingerprint([str(self.folder.path.absolute())])
+            self.tracking = Tracking(tracker, project, configs, store)
 
     def run(self) -> SAERuns:
         """Trains until every member is done."""
@@ -175,6 +191,8 @@ class _Training:
             if member.seen // every > (member.seen - group.batch) // every or member.done or not sound:
                 parts = {name: float(value[number]) for name, value in loss.parts.items()}
                 member.history.append({"tokens": member.seen, "loss": float(total[number]), **parts})
+                if self.tracking is not None:
+                    self.tracking.log(member.name, member.seen, {"loss": float(total[number]), **parts})
         for member, sound in list(zip(group.members, finite)):
             if not sound:
                 rate = member.config.learning_rate(group.d_in)
@@ -192,7 +210,11 @@ class _Training:
         if self.folder is not None:
             facts = {"cancelled": cancelled, "seen": member.seen, "history": _plain(member.history)}
             self.folder.write_member(member.name, {} if cancelled else sae.state_dict(), facts)
-        self.runs[member.name] = self._run(member, sae, cancelled)
+        run = self.runs[member.name] = self._run(member, sae, cancelled)
+        if self.tracking is not None:
+            last = {} if run.figures is None else asdict(run.figures)
+            held_out = {f"held_out/{name}": value for name, value in last.items()}
+            self.tracking.finish(member.name, member.seen, held_out, cancelled is not None)
 
     def _run(self, member: Member, sae: SAE, cancelled: str | None) -> Run:
         folded = None if cancelled else sae.folded()
