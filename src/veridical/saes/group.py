@@ -174,8 +174,10 @@ class Group:
         for name in self._views[0]:
             for moment in MOMENTS:
                 states = [self._moments(number).get(name, {}) for number in range(len(self.members))]
-                if all(moment in state for state in states):
-                    found[f"{moment}.{name}"] = torch.stack([state[moment] for state in states])
+                if any(moment in state for state in states):
+                    # A member that has not begun yet has no moments; zeros stand in its place.
+                    none = torch.zeros_like(self._views[0][name])
+                    found[f"{moment}.{name}"] = torch.stack([state.get(moment, none) for state in states])
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
