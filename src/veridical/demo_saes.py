@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEPTH = 2 / 3
-"""Where the SAEs read, as a share of the layers."""
+DEPTH = 1 / 4
+"""Where the SAEs read, as a share of the layers: early, where single latents tell lies from refusals."""
 KS = (4, 8, 16, 32)
 CHOSEN = 16
 WIDTH, BATCH, TOKENS, RATE = 512, 512, 180_000, 2e-3
 JUDGED, SPLICED = 30, 12
 """Held-out pairs on which SAEs are judged, and those on which the model runs with the reconstruction."""
 PAGES = 3
-QUICK = {"bootstrap": 200}
+RESAMPLES = 200
 FRONTIER = """\
 Sparse autoencoders are trained together, for some seconds, on the activations at every token of the \
 questions and answers above. Each writes an activation as a sum of a few of its directions, as many as L0 \
@@ -96,9 +96,11 @@ def judged(
     """Evaluations by name on the test entities; of the chosen one also inside the model."""
     test = pairs.filter(split="test")
     held = acts.filter(np.isin(acts.rows["pair"], limited(test, JUDGED, 0).groups))
-    found = {run.name: run.sae.evaluate(held, **QUICK) for run in runs if run.sae is not None}
+    found = {run.name: run.sae.evaluate(held, bootstrap=RESAMPLES) for run in runs if run.sae is not None}
     chosen = runs[f"k{CHOSEN}"]
-    inside = chosen.evaluate(model, limited(test, SPLICED, 0), baselines=False, progress=progress, **QUICK)
+    inside = chosen.evaluate(
+        model, limited(test, SPLICED, 0), baselines=False, progress=progress, bootstrap=RESAMPLES
+    )
     found[f"k{CHOSEN}"] = dataclasses.replace(found[f"k{CHOSEN}"], loss=inside.loss)
     return found
 
@@ -114,7 +116,7 @@ def features_into(
 
     table = feature_table(sae, acts)
     told = ("instructed_to_lie=True", "known=True")
-    between = separate_labels(sae, last, "lied", where=told, top=10, **QUICK)
+    between = separate_labels(sae, last, "lied", where=told, top=10, bootstrap=RESAMPLES)
     log.info("  %s", between)
     frame = between.to_frame()
     section: Section = separation_section(between)

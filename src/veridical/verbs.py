@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from veridical.config import STRICT, BeliefConfig, CollectConfig, ProbeConfig
 from veridical.inputs import Folders, Inputs, OutFolder
-from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAETrainVerb
+from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
 
 DemoFolder = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
@@ -178,6 +178,7 @@ VERBS: dict[str, type] = {
     "probe transfer": ProbeTransferVerb,
     "probe monitor": ProbeMonitorVerb,
     "sae train": SAETrainVerb,
+    "sae sweep": SAESweepVerb,
     "sae eval": SAEEvalVerb,
     "sae features": SAEFeaturesVerb,
     "report": ReportVerb,

@@ -220,6 +220,79 @@ def test_parting_keeps_pairs_whole(data):
         texts.held_rows(np.zeros(3), None, 0.5, 0)
 
 
+def sweep_recipe(folder):
+    path = folder / "sweep.yaml"
+    common = f"common: {{site: {SITE}, width: 64, batch: 64, tokens: 2560}}"
+    path.write_text(f"{common}\ngrid:\n  lr: [1e-3, 3e-3, 10.0, 30.0]\n  k: [4, 8]\nslots: 4\n")
+    return path
+
+
+def test_a_sweep_cancels_and_saves_what_came_through(capsys, model_folder, data, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        "sae",
+        "sweep",
+        "--config",
+        sweep_recipe(tmp_path),
+        "--model",
+        model_folder,
+        "--data",
+        data,
+        *QUICK,
+    ]
+    run(capsys, *words, "--out", out)
+    metrics = json.loads((out / "metrics.json").read_text())
+    cancelled = {line["name"] for line in metrics["training"] if line["cancelled"]}
+    kept = {line["name"] for line in metrics["training"]} - cancelled
+    assert {"topk-f64-k4-lr30", "topk-f64-k8-lr30"} <= cancelled
+    assert kept == {folder.name for folder in (out / "saes").iterdir()}
+    assert kept == {line["name"] for line in metrics["saes"]}
+    assert {f"topk-f64-k{k}-lr0.003" for k in (4, 8)} <= kept
+    assert metrics["share_of_tokens"] < 1
+    assert {line["name"] for line in metrics["judgements"]} >= cancelled
+    page = (out / "report.html").read_text()
+    assert "The sweep, rung by rung" in page
+    assert "tokens spent" in page
+    before = {file: file.read_bytes() for file in (out / "saes").rglob("*.safetensors")}
+    run(capsys, "sae", "sweep", "--config", out / "config.json")
+    assert {file: file.read_bytes() for file in before} == before
+    assert "run (sae sweep)" in run(capsys, "ls", out)
+
+
+def test_a_sweep_may_go_to_ray(capsys, monkeypatch, model_folder, data, tmp_path):
+    from veridical.saes import ray_engine
+
+    seen = {}
+
+    def stop(given, sweep, members, **options):
+        seen.update(store=sweep.store, names=[config.label for config in members], rows=len(given.rows))
+        raise ConfigError("as far as this goes")
+
+    monkeypatch.setattr(ray_engine, "ray_sweep", stop)
+    words = ["sae", "sweep", "--config", sweep_recipe(tmp_path), "--model", model_folder, "--data", data]
+    fails(capsys, *words, "--engine", "ray", "--out", tmp_path / "out", "--store", tmp_path / "shared")
+    assert seen["store"] == tmp_path / "shared"
+    assert len(seen["names"]) == 8
+    assert seen["rows"] == 72
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("grid: {lr: []}", "grid.lr is an empty list"),
+        ("grid: {lrr: [1]}", "nearest: lr"),
+        ("slots: 2", "no members"),
+        ("configs: [{k: 4}]\ncommon: {width: 64}", "needs --site"),
+        ("configs: [{k: 4, site: resid_post.1}]\neta: 0.5", "eta is 0.5"),
+        ("configs: [{k: 4, site: resid_post.1}]\nslots: 0", "slots is 0"),
+    ],
+)
+def test_bad_sweeps_are_one_line_and_status_2(capsys, model_folder, data, tmp_path, text, said):
+    (tmp_path / "recipe.yaml").write_text(text)
+    words = ["--model", model_folder, "--data", data, "--out", tmp_path / "run"]
+    assert said in fails(capsys, "sae", "sweep", "--config", tmp_path / "recipe.yaml", *words)
+
+
 # Saved SAEs
 
 
@@ -375,6 +448,8 @@ def test_recipes_in_the_repository_are_valid():
             config.check(width)
             assert config.aux == 1 / 32
             assert config.site
+    swept = cli.parse("sae sweep", ["--config", str(recipes["tiny_liar_sweep"])])
+    assert len(steps.sweep_config(swept).members()) == 12
     large = steps.members(cli.parse("sae train", ["--config", str(recipes["llama3_8b"])]))[0]
     assert (large.latents(4096), large.k, large.batch) == (131_072, 192, 131_072)
     assert large.learning_rate(4096) == pytest.approx(2e-4 / 8**0.5)

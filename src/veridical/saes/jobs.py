@@ -16,7 +16,7 @@ from veridical.reporting import Section, report
 from veridical.running import folder_for, load_model, records
 from veridical.saes import steps
 from veridical.saes.texts import cut, load_texts
-from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAETrainVerb
+from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -59,6 +59,23 @@ def train(options: SAETrainVerb) -> Path:
     steps.finish(out, options, runs, given, "sae train")
     log.info("SAEs: %s", out / "saes")
     said_where(report(out, out / "report.html", title=f"SAEs on {given.name}", intro=TRAINED))
+    return out
+
+
+def sweep(options: SAESweepVerb) -> Path:
+    """Activations, a sweep, figures of those that came through, report; returns the folder."""
+    from veridical.saes.sweep import sweep_saes
+
+    asked = steps.sweep_config(options)
+    out, given = steps.material(options, asked.members(), "sae sweep")
+    store = options.store or out / "training"
+    with step(f"sweep of {len(asked.members())} SAEs"):
+        swept = sweep_saes(configs=asked, **given.asked, store=store)
+    log.info("  %s", swept)
+    log.info("  %s", swept.verdict())
+    steps.finish(out, options, swept, given, "sae sweep")
+    log.info("SAEs: %s", out / "saes")
+    said_where(report(out, out / "report.html", title=f"Sweep of SAEs on {given.name}", intro=TRAINED))
     return out
 
 

@@ -18,6 +18,9 @@ from veridical.provenance import provenance
 from veridical.reporting import Section
 from veridical.running import folder_for, limited, load_model, part, records
 from veridical.saes.config import SAEConfig
+from veridical.saes.runs import SAERuns
+from veridical.saes.sweep_config import SweepConfig
+from veridical.saes.swept import SAESweep
 from veridical.saes.texts import cut, held_rows, load_texts, parted
 
 if TYPE_CHECKING:
@@ -28,8 +31,7 @@ if TYPE_CHECKING:
     from veridical.pairs import Pairs
     from veridical.saes.base import SAE
     from veridical.saes.evaluation import Evaluation
-    from veridical.saes.runs import SAERuns
-    from veridical.saes.verbs import SAETraining, SAETrainVerb, Texts
+    from veridical.saes.verbs import SAESweepVerb, SAETraining, SAETrainVerb, Texts
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,18 @@ def members(options: SAETrainVerb) -> list[SAEConfig]:
     return made
 
 
+def sweep_config(options: SAESweepVerb) -> SweepConfig:
+    """The members and the rules of a sweep.
+
+    Raises:
+        ConfigError: No members, or rules that could judge nobody.
+    """
+    made = part(SweepConfig, options)
+    made.members()
+    _ = made.rules
+    return made
+
+
 def material(options: SAETraining, configs: Sequence[SAEConfig], verb: str) -> tuple[Path, Material]:
     """The folder of a run, and what it trains on: a store, the texts of a running model, or a new store.
 
@@ -85,10 +99,10 @@ def material(options: SAETraining, configs: Sequence[SAEConfig], verb: str) -> t
     with step("model"):
         model = load_model(options)
     seen, held = parted(
-        load_texts(out, model, options, options.data_seed), options.holdout, options.data_seed
+        load_texts(out, model, options, options.order_seed), options.holdout, options.order_seed
     )
     data = cut(model, seen, options.context)
-    held = cut(model, limited(held, options.eval_texts, options.data_seed), options.context)
+    held = cut(model, limited(held, options.eval_texts, options.order_seed), options.context)
     if options.on_the_fly:
         asked = {"data": data, "model": model, "read": options.read}
     else:
@@ -110,7 +124,7 @@ def _stored(options: SAETraining) -> tuple[Path, Material]:
     folder = Path(str(options.activations))
     acts = Activations.open(folder)
     split = acts.rows["split"].to_numpy() if "split" in acts.rows.columns else None
-    held = held_rows(row_groups(acts), split, options.holdout, options.data_seed)
+    held = held_rows(row_groups(acts), split, options.holdout, options.order_seed)
     log.info("%s", acts)
     made = {"model": acts.request.model["path"], "model_fingerprint": acts.request.model["fingerprint"]}
     made |= {"data": str(folder), "data_fingerprint": acts.fingerprint}
@@ -131,31 +145,42 @@ def _collected(
 def training_options(options: SAETraining) -> dict[str, Any]:
     """Arguments of `train_saes` that are no part of the data."""
     return {
-        "seed": options.data_seed,
+        "seed": options.order_seed,
         "checkpoint_minutes": options.checkpoint_minutes,
         "device": options.device,
+        "tracker": options.tracker,
+        "project": options.project,
         "progress": options.progress,
     }
 
 
-def finish(out: Path, options: SAETraining, runs: SAERuns, from_: Material, verb: str) -> None:
+def finish(out: Path, options: SAETraining, made: SAERuns | SAESweep, from_: Material, verb: str) -> None:
     """Judges every SAE that was trained to the end, saves it, and writes the run's sections and figures."""
+    runs = made if isinstance(made, SAERuns) else made.runs
     found: dict[str, Evaluation] = {}
     for run in runs:
         if run.sae is None:
             continue
         with step(f"figures of {run.name}"):
-            found[run.name] = judged(run.sae, from_.model, from_.held, options, options.data_seed)
+            found[run.name] = judged(run.sae, from_.model, from_.held, options, options.order_seed)
         log.info("  %s", found[run.name])
         save(run.sae, found[run.name], out / "saes" / run.name)
         if options.keep is not None:
             save(run.sae, found[run.name], options.keep / run.name)
-    replace(runs.report_section(), headline=()).save(out / "runs")
+    section = made.report_section()
+    replace(section, headline=() if runs is made else section.headline[:1]).save(out / "runs")
     if found:
         compared(found).save(out)
         first = min(found.values(), key=lambda one: one.metrics["fvu"].value)
         replace(first.report_section(), headline=()).save(out / "figures")
-    keep(out, options, verb, from_.facts, {"training": records(runs.to_frame()), "saes": figures(found)})
+    metrics = {"training": records(made.to_frame()), "saes": figures(found)}
+    if isinstance(made, SAESweep):
+        metrics |= {
+            "judgements": records(made.rungs()),
+            "share_of_tokens": made.share,
+            "control": made.control,
+        }
+    keep(out, options, verb, from_.facts, metrics)
 
 
 def save(sae: SAE, found: Evaluation, folder: Path) -> None:
@@ -230,10 +255,8 @@ def facts(model: HookedModel, pairs: Pairs) -> dict[str, Any]:
 
 def keep(folder: Path, options: Any, verb: str, facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     """Writes config.json, provenance.json and metrics.json."""
-    seed = getattr(options, "data_seed", None)
-    seed = options.seed if seed is None else seed
     write_json(folder / "config.json", to_dict(options))
-    write_json(folder / "provenance.json", provenance(verb=verb, **facts, seed=seed))
+    write_json(folder / "provenance.json", provenance(verb=verb, **facts, seed=options.seed))
     write_json(folder / "metrics.json", dict(metrics))
 
 

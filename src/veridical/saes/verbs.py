@@ -1,9 +1,10 @@
-"""The options of `veridical sae train`, `sae eval` and `sae features`. Nothing here imports torch."""
+"""The options of `veridical sae train`, `sweep`, `eval` and `features`. Nothing here imports torch."""
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from pydantic.dataclasses import dataclass
@@ -11,8 +12,11 @@ from pydantic.dataclasses import dataclass
 from veridical.config import STRICT, DType
 from veridical.inputs import Folders, Inputs, OutFolder
 from veridical.saes.config import SAEConfig
+from veridical.saes.sweep_config import SweepConfig
 
 Members = Annotated[tuple[dict[str, Any], ...], tyro.conf.Suppress]
+"""A list of mappings, which only a recipe can hold."""
+Mapped = Annotated[dict[str, Any], tyro.conf.Suppress]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -54,12 +58,19 @@ class SAETraining(Texts):
     """Held-out texts that the finished SAEs are judged on, at most."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints; the last two are kept."""
-    data_seed: int = 0
-    """Seed of the order of the vectors, of what is held out, and of the pairs that --limit keeps."""
+    tracker: Literal["trackio", "wandb"] | None = None
+    """Log every SAE as a run of its own to trackio or wandb; nothing is sent when not given."""
+    project: str = "veridical"
+    """Project that the tracker's runs are put into."""
     keep: Path | None = None
     """Folder that the SAEs are also saved into, each as KEEP/NAME."""
     out: OutFolder = None
     """Folder for everything the run writes; runs/sae-MODEL-DATA when not given."""
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the vectors, of what is held out, and of the pairs that `limit` keeps."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -74,15 +85,55 @@ class SAETrainVerb(SAEConfig, SAETraining):
     (`saes: [{k: 16}, {k: 32}]`), which are trained together.
     """
 
+    data_seed: int = 0
+    """Seed of the order of the vectors, of what is held out, and of the pairs that --limit keeps."""
     saes: Members = ()
     """What differs between several SAEs."""
+
+    @property
+    def order_seed(self) -> int:
+        """See `SAETraining`."""
+        return self.data_seed
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SAESweepVerb(SweepConfig, SAETraining):
+    """Trains a list or a grid of SAEs and cancels early those that fall behind their peers.
+
+    Example: veridical sae sweep --config saes/recipes/tiny_liar_sweep.yaml --slots 4
+
+    The recipe holds the members: `grid:` (lists of values by option, every combination), `configs:` (one by
+    one) and `common:` (options of all); `veridical sae train --help` lists the options. At rungs of tokens
+    seen, members are judged on explained variance among peers of like L0, and one that is cancelled gives its
+    place to the next. Otherwise as `sae train`. --engine ray spreads members over a Ray cluster.
+    """
+
+    common: Mapped = field(default_factory=dict)
+    """Options of every member that does not set them itself."""
+    grid: Mapped = field(default_factory=dict)
+    """Lists of values by option."""
+    configs: Members = ()
+    """Members one by one."""
+    resources: Mapped = field(default_factory=dict)
+    """What a member takes of a Ray cluster, such as {cpu: 2, gpu: 1}."""
+    store: Path | None = None
+    """Folder of checkpoints; OUT/training when not given. With engine ray, one that all machines see."""
+    holdout: float = 0.05
+    """Share of the texts (or pairs) that is never trained on; test rows of a split column in the data win."""
+    seed: int = 0
+    """Seed of the order of the vectors, of what is held out, and of the pairs that --limit keeps."""
+
+    @property
+    def order_seed(self) -> int:
+        """See `SAETraining`."""
+        return self.seed
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SAEEvalVerb(Texts):
     """Judges saved SAEs on texts: variance explained, L0, dead latents, cross-entropy recovered, labels.
 
-    Example: veridical sae eval saes/tiny-liar/layer4-k16 --model tiny-liar --data honesty --target lied
+    Example: veridical sae eval saes/tiny-liar/layer1-k16 --model tiny-liar --data honesty --target lied
 
     Reads folders of Veridical, SAELens, sparsify and dictionary_learning. With several, their L0 and FVU are
     drawn in one figure. Give texts that they were not trained on.
@@ -108,7 +159,7 @@ class SAEEvalVerb(Texts):
 class SAEFeaturesVerb(Texts):
     """Shows an SAE's features: an index, pages with examples and logit effects, and what separates a label.
 
-    Example: veridical sae features saes/tiny-liar/layer4-k16 --model tiny-liar --data honesty --target lied
+    Example: veridical sae features saes/tiny-liar/layer1-k16 --model tiny-liar --data honesty --target lied
 
     Pages are for the features given, else for those that separate --target, else for the most active.
     """
