@@ -164,9 +164,9 @@ def finish(out: Path, options: SAETraining, made: SAERuns | SAESweep, from_: Mat
         with step(f"figures of {run.name}"):
             found[run.name] = judged(run.sae, from_.model, from_.held, options, options.order_seed)
         log.info("  %s", found[run.name])
-        save(run.sae, found[run.name], out / "saes" / run.name)
+        save(run.sae, found[run.name], from_.name, out / "saes" / run.name)
         if options.keep is not None:
-            save(run.sae, found[run.name], options.keep / run.name)
+            save(run.sae, found[run.name], from_.name, options.keep / run.name)
     section = made.report_section()
     replace(section, headline=() if runs is made else section.headline[:1]).save(out / "runs")
     if found:
@@ -183,11 +183,13 @@ def finish(out: Path, options: SAETraining, made: SAERuns | SAESweep, from_: Mat
     keep(out, options, verb, from_.facts, metrics)
 
 
-def save(sae: SAE, found: Evaluation, folder: Path) -> None:
-    """Saves a trained SAE with its figures on held-out texts."""
+def save(sae: SAE, found: Evaluation, data: str, folder: Path) -> None:
+    """Saves a trained SAE with its figures on held-out texts of `data`."""
     from veridical.saes.saved import origin_of
 
-    sae.origin = replace(origin_of(sae), metrics=found.to_dict(), notes=tuple(found.findings()))
+    held = found.counts["texts"]
+    said = f"Trained on texts of {data}; figures are those of {held:,} texts (or pairs) held out."
+    sae.origin = replace(origin_of(sae), metrics=found.to_dict(), notes=(said, *found.findings()))
     sae.save(folder)
 
 
