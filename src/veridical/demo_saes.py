@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 DEPTH = 1 / 4
 """Where the SAEs read, as a share of the layers: early, where single latents tell lies from refusals."""
-KS = (4, 8, 16, 32)
+KS = (8, 16, 32)
 CHOSEN = 16
-WIDTH, BATCH, TOKENS, RATE = 512, 512, 180_000, 2e-3
+WIDTH, BATCH, TOKENS, RATE = 512, 512, 200_000, 2e-3
 JUDGED, SPLICED = 30, 12
 """Held-out pairs on which SAEs are judged, and those on which the model runs with the reconstruction."""
 PAGES = 3
@@ -108,15 +108,15 @@ def judged(
 def features_into(
     out: Path, model: HookedModel, sae: SAE, acts: Activations, last: Activations
 ) -> list[dict[str, Any]]:
-    """Index, separating features and their pages; returns the features that separate."""
+    """Index and pages over the test entities, and the features that separate lies, which it returns."""
     from veridical.running import records
     from veridical.saes.features import feature_table
     from veridical.saes.jobs import separation_section
     from veridical.saes.separate import separate_labels
 
-    table = feature_table(sae, acts)
+    table = feature_table(sae, acts.filter(split="test"))
     told = ("instructed_to_lie=True", "known=True")
-    between = separate_labels(sae, last, "lied", where=told, top=10, bootstrap=RESAMPLES)
+    between = separate_labels(sae, last, "lied", where=told, top=10, permutations=100, bootstrap=RESAMPLES)
     log.info("  %s", between)
     frame = between.to_frame()
     section: Section = separation_section(between)
