@@ -18,6 +18,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -105,6 +106,7 @@ def run(options: argparse.Namespace, sites: int, width: int, asked: float) -> Re
     ours = [
         timed(lambda: fit_probes(acts, config, target=labels, groups=pairs)) for _ in range(options.repeats)
     ]
+    print(f"{sites} x {width}: ours {ours} s", file=sys.stderr)
     theirs = loop.seconds(options.share)
     seconds = statistics.median(ours)
     return Result(
@@ -186,6 +188,7 @@ class Loop:
                         break
                 self.tolerances[strength] = tolerance
                 worst = [max(worst[0], excess), max(worst[1], (reached - best) / best)]
+            print(f"C {strength:g}: scikit-learn's tol {self.tolerances[strength]:g}", file=sys.stderr)
         return float(worst[0]), float(worst[1])
 
     def seconds(self, share: float) -> float:
