@@ -309,8 +309,10 @@ def test_products_of_a_streamed_design_are_those_of_its_rows():
     torch.testing.assert_close((rows - x.mean(0)) @ v[:-1], (x - x.mean(0)) @ v[:-1])
 
 
-def test_the_solver_solves_the_same_problems_streamed():
-    x, labels = tables(pairs=150)
+@pytest.mark.parametrize("pairs", [150, 12])
+def test_the_solver_solves_the_same_problems_streamed(pairs):
+    """With more rows than columns, and with fewer."""
+    x, labels = tables(pairs=pairs)
     x, random = x[1].double(), np.random.default_rng(1)
     targets = np.stack([labels, random.permutation(labels), labels], 1)
     masks = np.stack([np.ones(len(x)), np.arange(len(x)) % 5 > 0, np.arange(len(x)) % 3 > 0], 1)
