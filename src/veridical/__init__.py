@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         view_tokens,
     )
     from veridical.reporting import report
+    from veridical.saes import SAEConfig, load_sae, train_saes
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "LogisticProbe",
     "Pairs",
     "ProbeSweep",
+    "SAEConfig",
     "Site",
     "VeridicalError",
     "causal_check",
@@ -43,7 +45,9 @@ __all__ = [
     "honesty_protocol",
     "load",
     "load_probe",
+    "load_sae",
     "report",
+    "train_saes",
     "transfer_matrix",
     "view_tokens",
 ]
@@ -54,6 +58,7 @@ _HOME = {
     "LogisticProbe": "probes",
     "Pairs": "pairs",
     "ProbeSweep": "probes",
+    "SAEConfig": "saes",
     "Site": "sites",
     "VeridicalError": "errors",
     "causal_check": "probes",
@@ -63,7 +68,9 @@ _HOME = {
     "honesty_protocol": "probes",
     "load": "models",
     "load_probe": "probes",
+    "load_sae": "saes",
     "report": "reporting",
+    "train_saes": "saes",
     "transfer_matrix": "probes",
     "view_tokens": "probes",
 }

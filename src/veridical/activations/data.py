@@ -55,6 +55,15 @@ class Corpus:
             elif self.prompts is not None:
                 yield start, self._encode(model, chosen, options)
 
+    def take(self, numbers: np.ndarray) -> Corpus:
+        """The rows of these numbers, in their order."""
+
+        def chosen(values: Sequence[Any] | None) -> Sequence[Any] | None:
+            return None if values is None else [values[number] for number in numbers]
+
+        rows = self.rows.iloc[numbers].reset_index(drop=True)
+        return Corpus(self.name, rows, chosen(self.prompts), chosen(self.completions), chosen(self.ids))
+
     def row(self, number: int) -> Row:
         """What a token selection may know of a row."""
         from veridical.activations.select import Row
@@ -89,6 +98,8 @@ def read_data(data: Any) -> Corpus:
     Raises:
         DataError: No rows, or rows that are none of these.
     """
+    if isinstance(data, Corpus):
+        return data
     if isinstance(data, str | bytes):
         raise InputError(
             f"data is one string ({data[:40]!r}); expected Pairs (`Pairs.load(...)`), a list of texts or "

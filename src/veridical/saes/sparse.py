@@ -1,0 +1,91 @@
+"""SAEs that keep a number of latents instead of penalising them: the training step, without dense latents."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from veridical.saes.auxk import Plan, auxiliary_loss, plans
+from veridical.saes.base import FIRED, SAE, Loss, figures
+from veridical.saes.kernels import Block, Chosen, Scan, decode_at, encode_at, squared_error
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class SparseSAE(SAE):
+    """What TopK and its kin share; a subclass says which latents are chosen, in `pick`.
+
+    The training step has a leading member axis throughout, of length 1 for a single SAE.
+    """
+
+    @abstractmethod
+    def pick(self, scan: Scan) -> Chosen:
+        """The latents that are active in a training batch, found while the pre-activations are scanned."""
+
+    def loss(
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
+    ) -> Loss:
+        """Squared error divided by the variance of the targets, plus AuxK for the dead latents.
+
+        The inputs get no gradient. `ramp` does nothing here: there is no penalty to warm up.
+        """
+        with torch.no_grad():
+            target, encoded = self.targets(x, y), self.led(self.inputs(x), 3)
+            encoded = encoded.expand(len(self.configs), -1, -1)
+            planned = plans(self.configs, self.d_in, None if dead is None else self.led(dead, 2))
+            blocks = [
+                Block(plan.member, plan.ids, encoded.new_empty(len(x), len(plan.ids))) for plan in planned
+            ]
+            scan = Scan(encoded, self.led(self.W_enc, 3), self.led(self.b_enc, 2), blocks, self.product_dtype)
+            chosen = self.pick(scan)
+            scan.complete()
+        centre = self.led(self.b_dec, 2) if self.centred else None
+        values, known = encode_at(
+            encoded, self.led(self.W_enc, 3), self.led(self.b_enc, 2), centre, chosen, blocks
+        )
+        values = values.relu()
+        acts = [plan.values(pre) for plan, pre in zip(planned, known)]
+        outputs, revived = self.reconstruct(encoded, values, chosen, blocks, acts)
+        errors, residual = squared_error(outputs, target)  # [N, nested]
+        aux = self._auxiliary(planned, revived, residual[:, -1])
+        return self._finished(errors / self.variance, aux, values.detach(), chosen, len(x))
+
+    def reconstruct(
+        self, x: Tensor, values: Tensor, chosen: Chosen, blocks: Sequence[Block], acts: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Reconstructions `[N, nested, B, d_out]`, the last by all latents; `[B, d_out]` of each block."""
+        shape = x.shape[:2]
+        out, revived = decode_at(values, self.led(self.W_dec, 3), chosen, shape, blocks, acts)
+        return (out + self.led(self.b_dec, 2).unsqueeze(1)).unsqueeze(1), revived
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Number format of the encoder's product in training."""
+        return self.W_enc.dtype if self.config.dtype == "float32" else torch.bfloat16
+
+    def led(self, tensor: Tensor, dims: int) -> Tensor:
+        """`tensor` with a member axis of length 1 in front if it has fewer than `dims` axes."""
+        return tensor if tensor.ndim == dims else tensor.unsqueeze(0)
+
+    def _auxiliary(self, planned: list[Plan], revived: list[Tensor], residual: Tensor) -> Tensor:
+        """The auxiliary loss of each member times its coefficient, `[N]`."""
+        losses = [residual.new_zeros(())] * len(self.configs)
+        for plan, reconstruction in zip(planned, revived):
+            loss = auxiliary_loss(reconstruction, residual[plan.member])
+            losses[plan.member] = self.configs[plan.member].aux * loss
+        return torch.stack(losses)
+
+    def _finished(self, fvu: Tensor, aux: Tensor, values: Tensor, chosen: Chosen, size: int) -> Loss:
+        count = len(self.configs)
+        fired = torch.zeros(chosen.width, dtype=torch.bool, device=values.device)
+        fired[chosen.columns[values > FIRED]] = True
+        active = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
+        torch.cumsum(values > 0, 0, out=active[1:])
+        l0 = active[chosen.starts[::size]].diff() / size
+        total, parts = fvu.mean(1) + aux, figures(fvu=fvu[:, -1], aux=aux, l0=l0)
+        if self.stacked:
+            return Loss(total, parts, fired.view(count, -1))
+        return Loss(total[0], {name: value[0] for name, value in parts.items()}, fired)
