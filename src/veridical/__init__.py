@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         view_tokens,
     )
     from veridical.reporting import report
-    from veridical.saes import SAEConfig, train_saes
+    from veridical.saes import SAEConfig, load_sae, train_saes
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "honesty_protocol",
     "load",
     "load_probe",
+    "load_sae",
     "report",
     "train_saes",
     "transfer_matrix",
@@ -67,6 +68,7 @@ _HOME = {
     "honesty_protocol": "probes",
     "load": "models",
     "load_probe": "probes",
+    "load_sae": "saes",
     "report": "reporting",
     "train_saes": "saes",
     "transfer_matrix": "probes",

@@ -14,6 +14,13 @@ CONFIGS = {
     "batch_topk": {"k": 5},
     "matryoshka": {"k": 5, "prefixes": (7, 20, 40)},
     "transcoder": {"k": 5, "site": "resid_pre.0", "target_site": "mlp_out.0", "skip": True},
+    "jumprelu_transcoder": {
+        "sparsity": 0.2,
+        "bandwidth": 0.4,
+        "site": "resid_pre.0",
+        "target_site": "mlp_out.0",
+        "skip": True,
+    },
     "crosscoder": {"k": 5, "sites": ("resid_post.0", "resid_post.1", "resid_post.2")},
 }
 
@@ -37,5 +44,5 @@ def jittered(sae, seed=3):
 
 def made(architecture, seed=3, **options):
     """One SAE of 40 latents, jittered."""
-    d_out = 9 if architecture == "transcoder" else None
+    d_out = 9 if "transcoder" in architecture else None
     return jittered(kind(architecture)(config(architecture, **options), D, d_out), seed)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from torch import Tensor, nn
 from veridical.errors import ConfigError, DataError
 from veridical.saes.config import SAEConfig
 from veridical.saes.median import geometric_median
+
+if TYPE_CHECKING:
+    from veridical.saes.evaluation import Evaluation
+    from veridical.saes.origin import SAEOrigin
 
 FIRED = 1e-3
 """A latent fires where it exceeds this (Gao et al. 2024); one that was picked with value 0 did not fire."""
@@ -69,6 +74,8 @@ class SAE(nn.Module):
     """Whether decoder rows are held at norm 1."""
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters and buffers in units of the activations, which scale with the input."""
+    origin: SAEOrigin | None = None
+    """Where a single SAE came from and how it scored; None where that is not known."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -252,7 +259,9 @@ class SAE(nn.Module):
         made = type(self)(self.configs if self.stacked else self.config, self.d_in, self.d_out)
         state = {name: value.clone() for name, value in self.state_dict().items()}
         self._fold(state)
-        return made._filled(state)
+        filled = made._filled(state)
+        filled.origin = self.origin
+        return filled
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -280,6 +289,18 @@ class SAE(nn.Module):
         state["W_enc"] *= self.scale / self.scale_out
         state["variance"] /= self.scale_out.square()
         state["scale"], state["scale_out"] = torch.ones_like(self.scale), torch.ones_like(self.scale_out)
+
+    def save(self, folder: str | Path) -> Path:
+        """Saves a single SAE as a SAELens folder with config, figures and a card; `load_sae` reads it."""
+        from veridical.saes.saved import save_sae
+
+        return save_sae(self, folder)
+
+    def evaluate(self, data: Any, texts: Any = None, **options: Any) -> Evaluation:
+        """Judges a single SAE on held-out rows, or in a model over texts; see `evaluate_sae`."""
+        from veridical.saes.evaluate import evaluate_sae
+
+        return evaluate_sae(self, data, texts, **options)
 
     def describe(self) -> str:
         """`k 32`, or the penalty: what decides the sparsity, in a word or two."""
