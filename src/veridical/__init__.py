@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         view_tokens,
     )
     from veridical.reporting import report
-    from veridical.saes import SAEConfig, sweep_saes, train_saes
+    from veridical.saes import SAEConfig, load_sae, sweep_saes, train_saes
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "honesty_protocol",
     "load",
     "load_probe",
+    "load_sae",
     "report",
     "sweep_saes",
     "train_saes",
@@ -68,6 +69,7 @@ _HOME = {
     "honesty_protocol": "probes",
     "load": "models",
     "load_probe": "probes",
+    "load_sae": "saes",
     "report": "reporting",
     "sweep_saes": "saes",
     "train_saes": "saes",

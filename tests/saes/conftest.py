@@ -1,4 +1,4 @@
-"""SAEs with weights that are nothing special, and vectors for them."""
+"""Vectors that every test of SAEs may use."""
 
 import sys
 from pathlib import Path
@@ -8,48 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from veridical.saes import SAEConfig
-from veridical.saes.kinds import kind
-
-D = 12
-CONFIGS = {
-    "relu": {"sparsity": 0.3},
-    "gated": {"sparsity": 0.3},
-    "jumprelu": {"sparsity": 0.2, "bandwidth": 0.4},
-    "topk": {"k": 5},
-    "batch_topk": {"k": 5},
-    "matryoshka": {"k": 5, "prefixes": (7, 20, 40)},
-    "transcoder": {"k": 5, "site": "resid_pre.0", "target_site": "mlp_out.0", "skip": True},
-    "crosscoder": {"k": 5, "sites": ("resid_post.0", "resid_post.1", "resid_post.2")},
-}
-
-
-def config(architecture, **options):
-    return SAEConfig(architecture=architecture, width=40, **{**CONFIGS[architecture], **options})
-
-
-def jittered(sae, seed=3):
-    """Weights that differ in every entry, scales that are not 1, float64."""
-    random = torch.Generator().manual_seed(seed)
-    sae = sae.double()
-    with torch.no_grad():
-        for value in sae.parameters():
-            value += 0.2 * torch.randn(value.shape, generator=random, dtype=torch.float64)
-        sae.scale.fill_(0.7)
-        sae.scale_out.fill_(0.7 if sae.d_in == sae.d_out else 1.3)
-        sae.variance.fill_(9.0)
-    return sae
-
-
-def made(architecture, seed=3, **options):
-    """One SAE of 40 latents, jittered."""
-    d_out = 9 if architecture == "transcoder" else None
-    return jittered(kind(architecture)(config(architecture, **options), D, d_out), seed)
-
 
 @pytest.fixture
 def vectors():
     """Inputs `[64, 12]` and targets `[64, 9]`, float64, away from zero."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(64, D, generator=random, dtype=torch.float64) + 0.5
+    x = torch.randn(64, 12, generator=random, dtype=torch.float64) + 0.5
     return x, torch.randn(64, 9, generator=random, dtype=torch.float64) - 0.3

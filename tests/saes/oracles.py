@@ -8,7 +8,7 @@ def dense_loss(sae, x, y=None, dead=None, ramp=1.0):
     config = sae.config
     x = x * sae.scale
     y = x if y is None else y * sae.scale_out
-    if config.architecture in ("relu", "gated", "jumprelu"):
+    if config.architecture in PENALISED:
         return PENALISED[config.architecture](sae, x, y, ramp)
     centred = x - sae.b_dec if config.architecture in ("topk", "batch_topk", "matryoshka") else x
     pre = centred @ sae.W_enc.T + sae.b_enc
@@ -80,11 +80,19 @@ def dense_gated(sae, x, y, ramp):
 def dense_jumprelu(sae, x, y, ramp):
     pre = x @ sae.W_enc.T + sae.b_enc
     active = pre > sae.log_threshold.exp()
-    error = (y - (pre * active) @ sae.W_dec - sae.b_dec).square().sum(1).mean()
+    made = (pre * active) @ sae.W_dec + sae.b_dec
+    if sae.config.skip:
+        made = made + x @ sae.W_skip.T
+    error = (y - made).square().sum(1).mean()
     return error + ramp * sae.config.penalty * active.sum(1).to(x.dtype).mean()
 
 
-PENALISED = {"relu": dense_relu, "gated": dense_gated, "jumprelu": dense_jumprelu}
+PENALISED = {
+    "relu": dense_relu,
+    "gated": dense_gated,
+    "jumprelu": dense_jumprelu,
+    "jumprelu_transcoder": dense_jumprelu,
+}
 
 
 def gradients(sae, loss):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from making import CONFIGS, D, config, jittered, made
 from oracles import dense_loss, gradients
 
-from conftest import CONFIGS, D, config, jittered, made
 from veridical.saes.kinds import KINDS, kind
 
 SPARSE = ("topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
@@ -12,14 +12,14 @@ SPARSE = ("topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
 
 def batch_for(architecture, vectors):
     x, y = vectors
-    return (x, y) if architecture == "transcoder" else (x, None)
+    return (x, y) if "transcoder" in architecture else (x, None)
 
 
 def test_every_architecture_is_tried():
     assert set(CONFIGS) == set(KINDS)
 
 
-@pytest.mark.parametrize("architecture", [name for name in CONFIGS if name != "jumprelu"])
+@pytest.mark.parametrize("architecture", [name for name in CONFIGS if "jumprelu" not in name])
 @pytest.mark.parametrize("ramp", [1.0, 0.25])
 def test_loss_and_gradients_equal_the_dense_formula(architecture, ramp, vectors):
     sae = made(architecture)
@@ -51,10 +51,11 @@ def test_auxiliary_loss_and_gradients_equal_the_dense_formula(architecture, vari
         torch.testing.assert_close(grad, expected[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_jumprelu_value_and_plain_gradients(vectors):
+@pytest.mark.parametrize("architecture", ["jumprelu", "jumprelu_transcoder"])
+def test_jumprelu_value_and_plain_gradients(architecture, vectors):
     """Everything but the threshold has an ordinary gradient."""
-    sae, (x, _) = made("jumprelu"), vectors
-    ours, plain = sae.loss(x).total, dense_loss(sae, x)
+    sae, (x, y) = made(architecture), batch_for(architecture, vectors)
+    ours, plain = sae.loss(x, y).total, dense_loss(sae, x, y)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     expected = gradients(sae, plain)
     for name, grad in gradients(sae, ours).items():
@@ -87,7 +88,7 @@ def test_a_stack_computes_what_its_members_do_alone(architecture, vectors):
         if architecture in SPARSE
         else [{"sparsity": s} for s in (0.1, 1.0, 3.0)]
     )
-    d_out = 9 if architecture == "transcoder" else None
+    d_out = 9 if "transcoder" in architecture else None
     saes = [
         jittered(kind(architecture)(config(architecture, **options), D, d_out), seed)
         for seed, options in enumerate(own)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
 from veridical.errors import ConfigError, InputError, StoreMismatchError

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
 from veridical.errors import ConfigError, DataError, InputError, StoreMismatchError, UnknownNameError
@@ -192,7 +192,7 @@ def test_members_of_another_penalty_are_no_peers(vectors):
     found = vd.sweep_saes(vectors, {"common": common, "grid": grid}, control="relu-f32-l3-lr0.01")
     frame = found.to_frame().set_index("name")
     assert frame["cancelled"].isna().tolist() == [False, True, False, True]
-    assert frame["cancelled"].str.contains("explains nothing").tolist()[::2] == [True, True]
+    assert frame["cancelled"].str.contains("rank 2 of 2").tolist()[::2] == [True, True]
     assert frame["l0"]["relu-f32-l3-lr0.01"] < frame["l0"]["relu-f32-l0.3-lr0.01"]
 
 

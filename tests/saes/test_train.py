@@ -5,10 +5,10 @@ import logging
 import numpy as np
 import pytest
 import torch
-from planted import activations
+from making import CONFIGS
+from planted_features import activations
 
 import veridical as vd
-from conftest import CONFIGS
 from veridical.errors import ConfigError, DataError, InputError, NonFiniteError, UnknownNameError
 from veridical.saes.stream import TensorStream
 
@@ -62,7 +62,7 @@ def test_every_architecture_learns(architecture):
     options = {k: v for k, v in CONFIGS[architecture].items() if k not in ("prefixes", "sites", "bandwidth")}
     if architecture == "crosscoder":
         options["sites"] = ("resid_post.0", "resid_post.1")
-    elif architecture != "transcoder":
+    elif "transcoder" not in architecture:
         options["site"] = "resid_pre.0"
     runs = vd.train_saes(sites, config(architecture=architecture, **{**options, "batch": 256, "lr": 1e-2}))
     figures = runs.runs[0].figures

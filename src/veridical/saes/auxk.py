@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from veridical.saes.config import SAEConfig
+from veridical.saes.kernels import squared_error
+from veridical.saes.largest import kth_largest
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,8 @@ class Plan:
 
     def values(self, pre: Tensor) -> Tensor:
         """Activations of the dead latents from their pre-activations `[..., n]`, zero outside the top k."""
-        acts = _RaisingReLU.apply(pre) if self.through else pre.relu()
-        if self.k >= len(self.ids):
-            return acts  # type: ignore[return-value]
-        kept = pre.detach().topk(self.k, dim=-1, sorted=False).indices
-        return acts * torch.zeros_like(pre).scatter_(-1, kept, 1.0)  # type: ignore[operator]
+        least = kth_largest(pre, min(self.k, pre.shape[-1]))
+        return _Activations.apply(pre, least, self.through)  # type: ignore[return-value]
 
 
 def plans(configs: Sequence[SAEConfig], d_in: int, dead: Tensor | None) -> list[Plan]:
@@ -70,18 +69,20 @@ def plans(configs: Sequence[SAEConfig], d_in: int, dead: Tensor | None) -> list[
     return made
 
 
-class _RaisingReLU(torch.autograd.Function):
-    """ReLU that is no obstacle to a gradient which raises its input."""
+class _Activations(torch.autograd.Function):
+    """ReLU of what is not below `least`; if `through`, no obstacle to a gradient that raises its input."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor) -> Tensor:
-        ctx.save_for_backward(pre)
-        return pre.relu()
+    def forward(ctx: Any, pre: Tensor, least: Tensor, through: bool) -> Tensor:
+        active = pre >= least.clamp_min(torch.finfo(pre.dtype).tiny)
+        ctx.save_for_backward(active, (pre >= least) if through else None)
+        return pre * active
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        (pre,) = ctx.saved_tensors
-        return grad * ((pre > 0) | (grad < 0))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        active, kept = ctx.saved_tensors
+        passed = active if kept is None else active | (kept & (grad < 0))
+        return grad * passed, None, None
 
 
 def auxiliary_loss(reconstruction: Tensor, residual: Tensor) -> Tensor:
@@ -90,6 +91,6 @@ def auxiliary_loss(reconstruction: Tensor, residual: Tensor) -> Tensor:
     The residual gets no gradient. A residual without variance gives 0.
     """
     residual = residual.detach()
-    variance = (residual - residual.mean(0)).square().sum()
-    error = (residual - reconstruction).square().sum()
+    variance = (residual - residual.mean(0)).square().sum() / len(residual)
+    error = squared_error(reconstruction, residual)[0]
     return torch.where(variance > 0, error / variance.clamp_min(torch.finfo(error.dtype).tiny), 0 * error)

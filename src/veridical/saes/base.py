@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,15 @@ from veridical.errors import ConfigError, DataError
 from veridical.saes.config import SAEConfig
 from veridical.saes.median import geometric_median
 
+if TYPE_CHECKING:
+    from veridical.saes.evaluation import Evaluation
+    from veridical.saes.origin import SAEOrigin
+
 FIRED = 1e-3
 """A latent fires where it exceeds this (Gao et al. 2024); one that was picked with value 0 did not fire."""
+
+ENCODER_NORM = 0.5
+"""Norm of encoder rows at the start."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class SAE(nn.Module):
     """Whether decoder rows are held at norm 1."""
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     """Parameters and buffers in units of the activations, which scale with the input."""
+    origin: SAEOrigin | None = None
+    """Where a single SAE came from and how it scored; None where that is not known."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -97,12 +107,17 @@ class SAE(nn.Module):
     @classmethod
     def initial(cls, config: SAEConfig, d_in: int, d_out: int) -> dict[str, Tensor]:
         """Initial parameters of one SAE, from its seed: random directions of norm 1 in the decoder, and the
-        encoder its transpose where shapes allow (Gao et al. 2024)."""
+        same in the encoder (Gao et al. 2024) where shapes allow, half as long, so that they turn faster."""
         random = torch.Generator().manual_seed(config.seed)
         width = config.latents(d_in)
         W_dec = unit_rows(torch.randn(width, d_out, generator=random))
         W_enc = W_dec.clone() if d_in == d_out else unit_rows(torch.randn(width, d_in, generator=random))
-        return {"W_enc": W_enc, "b_enc": torch.zeros(width), "W_dec": W_dec, "b_dec": torch.zeros(d_out)}
+        return {
+            "W_enc": ENCODER_NORM * W_enc,
+            "b_enc": torch.zeros(width),
+            "W_dec": W_dec,
+            "b_dec": torch.zeros(d_out),
+        }
 
     # Forward
 
@@ -127,7 +142,7 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """The training loss of a batch.
 
@@ -135,7 +150,7 @@ class SAE(nn.Module):
             x: Inputs `[B, d_in]`, raw units.
             y: Targets `[B, d_out]`; the inputs when not given.
             dead: Booleans `[F]` (`[N, F]`): the latents that count as dead. None for none.
-            ramp: Factor on the sparsity penalty, from its warm-up.
+            ramp: Factor on the sparsity penalty, from its warm-up; `[N]` for one each.
         """
         raise NotImplementedError
 
@@ -231,8 +246,8 @@ class SAE(nn.Module):
 
     def set_scales(self, x: Tensor, y: Tensor) -> None:
         """Factors that bring a sample of inputs and targets to a mean norm of sqrt(d)."""
-        self.scale.copy_(unit_factor(x))
-        self.scale_out.copy_(unit_factor(y))
+        self.scale.fill_(unit_factor(x))
+        self.scale_out.fill_(unit_factor(y))
 
     @torch.no_grad()
     def folded(self) -> Self:
@@ -244,7 +259,9 @@ class SAE(nn.Module):
         made = type(self)(self.configs if self.stacked else self.config, self.d_in, self.d_out)
         state = {name: value.clone() for name, value in self.state_dict().items()}
         self._fold(state)
-        return made._filled(state)
+        filled = made._filled(state)
+        filled.origin = self.origin
+        return filled
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -272,6 +289,18 @@ class SAE(nn.Module):
         state["W_enc"] *= self.scale / self.scale_out
         state["variance"] /= self.scale_out.square()
         state["scale"], state["scale_out"] = torch.ones_like(self.scale), torch.ones_like(self.scale_out)
+
+    def save(self, folder: str | Path) -> Path:
+        """Saves a single SAE as a SAELens folder with config, figures and a card; `load_sae` reads it."""
+        from veridical.saes.saved import save_sae
+
+        return save_sae(self, folder)
+
+    def evaluate(self, data: Any, texts: Any = None, **options: Any) -> Evaluation:
+        """Judges a single SAE on held-out rows, or in a model over texts; see `evaluate_sae`."""
+        from veridical.saes.evaluate import evaluate_sae
+
+        return evaluate_sae(self, data, texts, **options)
 
     def describe(self) -> str:
         """`k 32`, or the penalty: what decides the sparsity, in a word or two."""

@@ -47,7 +47,7 @@ class Gated(SAE):
         return self._latents(self.inputs(x) @ self.W_enc.mT)[0]
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Both errors summed over dimensions, and the penalty; dead latents get no term of their own."""
         latents, gate = self._latents(self.inputs(x) @ self.W_enc.mT)

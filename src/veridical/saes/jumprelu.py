@@ -54,7 +54,7 @@ class JumpReLU(SAE):
         return pre * (pre > self.row(self.threshold))
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Squared error summed over dimensions plus the penalty; dead latents get no term of their own."""
         pre, threshold = self.pre_activations(x), self.row(self.threshold)

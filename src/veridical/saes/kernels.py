@@ -190,6 +190,26 @@ def dots(left: Tensor, right: Tensor, chosen: Chosen) -> Tensor:
         return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
 
 
+def squared_error(made: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances of `made [..., B, d]` from `target [B, d]`, mean over rows, `[...]`, with gradient;
+    and the residual `target - made` without."""
+    return _SquaredError.apply(made, target)  # type: ignore[return-value]
+
+
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, made: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        residual = target - made
+        ctx.save_for_backward(residual)
+        ctx.mark_non_differentiable(residual)
+        return torch.linalg.vecdot(residual, residual).mean(-1), residual
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (residual,) = ctx.saved_tensors
+        return residual * (grad * (-2 / residual.shape[-2]))[..., None, None], None
+
+
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def forward(

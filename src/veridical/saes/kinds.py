@@ -18,6 +18,7 @@ KINDS = {
     "batch_topk": "BatchTopK",
     "matryoshka": "Matryoshka",
     "transcoder": "Transcoder",
+    "jumprelu_transcoder": "JumpReLUTranscoder",
     "crosscoder": "Crosscoder",
 }
 """Module of `veridical.saes` and class of each architecture; a new architecture is one more line."""

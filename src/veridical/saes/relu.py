@@ -27,7 +27,7 @@ class ReLU(SAE):
         return self.pre_activations(x).relu()
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Squared error summed over dimensions plus the penalty; dead latents get no term of their own."""
         latents = self.encode(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veridical.saes.auxk import Plan, auxiliary_loss, plans
 from veridical.saes.base import FIRED, SAE, Loss, figures
-from veridical.saes.kernels import Block, Chosen, Scan, decode_at, encode_at
+from veridical.saes.kernels import Block, Chosen, Scan, decode_at, encode_at, squared_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -26,7 +26,7 @@ class SparseSAE(SAE):
         """The latents that are active in a training batch, found while the pre-activations are scanned."""
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Squared error divided by the variance of the targets, plus AuxK for the dead latents.
 
@@ -49,10 +49,9 @@ class SparseSAE(SAE):
         values = values.relu()
         acts = [plan.values(pre) for plan, pre in zip(planned, known)]
         outputs, revived = self.reconstruct(encoded, values, chosen, blocks, acts)
-        residual = target - outputs
-        fvu = residual.square().sum(-1).mean(-1) / self.variance  # [N, nested]
-        aux = self._auxiliary(planned, revived, residual[:, -1].detach())
-        return self._finished(fvu, aux, values.detach(), chosen, len(x))
+        errors, residual = squared_error(outputs, target)  # [N, nested]
+        aux = self._auxiliary(planned, revived, residual[:, -1])
+        return self._finished(errors / self.variance, aux, values.detach(), chosen, len(x))
 
     def reconstruct(
         self, x: Tensor, values: Tensor, chosen: Chosen, blocks: Sequence[Block], acts: Sequence[Tensor]

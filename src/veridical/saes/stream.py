@@ -64,6 +64,11 @@ class Stream(ABC):
     def identity(self) -> str:
         """Digest of what the vectors are and of their order."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Model, its fingerprint, the data's and the token selection, where they are known."""
+        return {}
+
     def site(self, name: str | None) -> str:
         """The stream's own name of a site; the only one when not given.
 
@@ -220,6 +225,16 @@ class StoreStream(Stream):
     def identity(self) -> str:
         return fingerprint([self._train.fingerprint, *self._sites, str(self._seed)])
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        asked = self._train.request
+        return {
+            "model": asked.model.get("path"),
+            "model_fingerprint": asked.model["fingerprint"],
+            "data_fingerprint": self._train.fingerprint,
+            "tokens": str(asked.tokens["selection"]),
+        }
+
     def _read(self, acts: Activations, size: int, epochs: int | None) -> Any:
         return acts.batches(size, sites=self._sites, seed=self._seed, epochs=epochs, drop_last=epochs is None)
 
@@ -359,6 +374,11 @@ class ModelStream(Stream):
 
         facts = [str(self._tokens), str(self._seed), rows_fingerprint(self._corpus.rows), *self._sites]
         return fingerprint([self._model.fingerprint(), *facts])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        model = {"model": self._model.path, "model_fingerprint": self._model.fingerprint()}
+        return {**model, "tokens": str(self._tokens)}
 
     def _window(self, order: np.ndarray, size: int) -> tuple[Batch, int]:
         """Vectors of the texts from the current one on, and the first text that is not among them."""

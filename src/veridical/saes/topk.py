@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from veridical.saes.kernels import Chosen, Scan
+from veridical.saes.largest import largest
 from veridical.saes.sparse import SparseSAE
 
 
@@ -42,7 +43,7 @@ class TopK(SparseSAE):
         values = scan.x.new_empty(scan.members, scan.size, most)
         columns = torch.empty(values.shape, dtype=torch.int64, device=values.device)
         for members, rows, pre in scan:
-            found = pre.topk(most, dim=-1, sorted=min(counts) < most)
+            found = largest(pre, most, ordered=min(counts) < most)
             values[members, rows], columns[members, rows] = found
         columns += torch.arange(scan.members, device=columns.device)[:, None, None] * scan.width
         each = torch.tensor(counts, device=columns.device).repeat_interleave(scan.size)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from veridical.progress import bar
 from veridical.provenance import fingerprint, provenance
 from veridical.saes.base import SAE, Loss
 from veridical.saes.checkpoint import Folder
-from veridical.saes.config import SAEConfig
+from veridical.saes.config import TRANSCODERS, SAEConfig
 from veridical.saes.group import Group, Member, shape_key
 from veridical.saes.kinds import kind
 from veridical.saes.measure import Figures, measure
+from veridical.saes.origin import SAEOrigin
 from veridical.saes.runs import Run, SAERuns
 from veridical.saes.stream import Batch, Stream, as_stream, check_finite, check_size
 from veridical.saes.tracking import Tracking
@@ -219,6 +220,14 @@ class _Training:
     def _run(self, member: Member, sae: SAE, cancelled: str | None) -> Run:
         folded = None if cancelled else sae.folded()
         figures = None if folded is None else self._measure(folded)
+        if folded is not None and figures is not None:
+            folded.origin = SAEOrigin(
+                **self.stream.facts,
+                trained_on=member.seen,
+                metrics={**asdict(figures), "explained_variance": figures.explained_variance},
+            )
+            if member.config.site is None and not member.config.sites and self.stream.facts:
+                folded.configs = (replace(member.config, site=self.stream.site(None)),)
         return Run(member.name, member.config, folded, figures, member.seen, tuple(member.history), cancelled)
 
     def _measure(self, sae: SAE) -> Figures:
@@ -272,7 +281,7 @@ class _Training:
 
     def _sites(self, config: SAEConfig) -> list[str]:
         """The stream's names of what a config reads: input and target, or a crosscoder's sites."""
-        if config.architecture == "transcoder" and not config.reads:
+        if config.architecture in TRANSCODERS and not config.reads:
             raise ConfigError(f"{config.label}: a transcoder needs site and target_site")
         return [self.stream.site(name) for name in config.reads or (None,)]
 

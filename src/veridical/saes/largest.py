@@ -1,0 +1,53 @@
+"""The k largest of each row, found among few candidates.
+
+`torch.topk` on a CPU is as dear as the encoder's product. The k-th largest of the maxima of disjoint blocks
+is a lower bound of the k-th largest of all: k blocks hold a value that large. Few values reach it, so the row
+is searched once for those and only they are sorted. numpy's `partition` is vectorised for such short rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCKS = 256
+"""Blocks that a row is cut into."""
+CROWD = 4
+"""Candidates in multiples of k, on average, above which the whole rows are sorted after all."""
+
+
+def largest(rows: Tensor, k: int, *, ordered: bool = False) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k largest of `rows [..., n]`, both `[..., k]`; largest first if `ordered`."""
+    n = rows.shape[-1]
+    if rows.is_cuda or n % BLOCKS or n < 4 * BLOCKS or 4 * k > BLOCKS or not has_numpy(rows):
+        return rows.topk(k, dim=-1, sorted=ordered)  # type: ignore[return-value]
+    flat = rows.detach().reshape(-1, n)
+    maxima = flat.view(len(flat), -1, BLOCKS).amax(1)
+    found = np.flatnonzero((flat < kth_largest(maxima, k)).logical_not_().numpy())  # NaN counts as large
+    if len(found) > CROWD * k * len(flat):
+        return rows.topk(k, dim=-1, sorted=ordered)  # type: ignore[return-value]
+    row, column = np.divmod(found, n)
+    starts = np.searchsorted(row, np.arange(len(flat) + 1))
+    counts = np.diff(starts)
+    place = torch.from_numpy(np.arange(len(found)) - np.repeat(starts[:-1], counts) + row * counts.max())
+    few = torch.full((len(flat), int(counts.max())), -torch.inf, dtype=flat.dtype)
+    columns = torch.zeros(few.shape, dtype=torch.int64)
+    few.view(-1)[place] = flat.view(-1)[torch.from_numpy(found)]
+    columns.view(-1)[place] = torch.from_numpy(column)
+    values, picks = few.topk(k, dim=-1, sorted=ordered)
+    shape = (*rows.shape[:-1], k)
+    return values.view(shape), columns.gather(-1, picks).view(shape)
+
+
+def kth_largest(rows: Tensor, k: int) -> Tensor:
+    """The k-th largest of each row of `rows [..., n]`, `[..., 1]`."""
+    n = rows.shape[-1]
+    if has_numpy(rows):
+        return torch.from_numpy(np.partition(rows.detach().numpy(), n - k, axis=-1)[..., n - k : n - k + 1])
+    return rows.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def has_numpy(rows: Tensor) -> bool:
+    """Whether numpy can read the tensor."""
+    return rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
