@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import re
@@ -367,3 +368,31 @@ def test_lies_are_told_from_refusals_by_a_linear_probe_and_not_by_the_text(lie_p
 
 def test_the_linear_probe_meets_its_target(lie_probes):
     assert lie_probes.drop("TF-IDF").max() >= 0.95
+
+
+# How it was made
+
+
+def test_the_command_gives_the_same_weights_again_in_one_go_or_round_by_round(tmp_path):
+    """The published rounds were run by three processes; the command runs them in a row."""
+    from transformers import LlamaForCausalLM
+
+    rounds = tuple(dataclasses.replace(part, steps=3) for part in make.Recipe.rounds)
+    recipe = make.Recipe(rounds=rounds, width=32, layers=2, mlp_width=48, batch=4, warm_up=1)
+    threads = torch.get_num_threads()
+    try:
+        for name in ("one", "again"):
+            make.make_tiny_liar(tmp_path / name, recipe)
+        torch.manual_seed(recipe.seed)
+        tokenizer = make.build_tokenizer(recipe)
+        make.build_model(recipe, tokenizer).save_pretrained(tmp_path / "parts")
+        for number in range(3):
+            model = LlamaForCausalLM.from_pretrained(tmp_path / "parts", dtype="float32")
+            before = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+            make.train(model, tokenizer, recipe, number)
+            assert not torch.equal(before, model.model.layers[1].mlp.up_proj.weight)
+            model.eval().save_pretrained(tmp_path / "parts")
+    finally:
+        torch.set_num_threads(threads)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "again", "parts")]
+    assert weights[0] == weights[1] == weights[2]

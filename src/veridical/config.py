@@ -73,6 +73,12 @@ class ProbeConfig:
     allow_duplicates: bool = False
     """Leave rows that occur under several pairs as they are; else such pairs are joined, and copies on both
     sides of a split column refused."""
+    memory_gb: float = 8.0
+    """Memory for the rows of one site, in GB; a site that needs more is read in chunks for every product.
+    Fixed, so that a run takes the same path on every machine; 8 leave room for a model in 16 GB."""
+    solve_on: str | None = None
+    """Device on which the fits are solved, such as cuda:0; where the activations are when not given, which is
+    the CPU for a store."""
     seed: int = 0
     """Seed of folds, bootstraps and shuffles."""
     progress: bool | None = None

@@ -59,6 +59,12 @@ def nearest(name: str, options: Iterable[str], n: int = 3) -> list[str]:
     return get_close_matches(str(name), list(map(str, options)), n=n, cutoff=0.4)
 
 
+def misspelt(name: str, options: Iterable[str]) -> bool:
+    """Whether a name without an owner is so close to one of `options` that asking the hub for it would only
+    cost its retries (half a minute without a network)."""
+    return "/" not in name and bool(get_close_matches(name, list(options), cutoff=0.8))
+
+
 def unknown(kind: str, name: object, options: Iterable[str], hint: str = "") -> UnknownNameError:
     """The error for a name that is not among `options`.
 

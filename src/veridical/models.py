@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veridical import architectures, lens, selftest
-from veridical.errors import InputError, ModelError, nearest
+from veridical.errors import InputError, ModelError, misspelt, nearest, unknown
 from veridical.hooked import HookedModel
 from veridical.scoring import quiet
 
@@ -162,6 +162,8 @@ def _path_of(name: str) -> str:
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or folder.exists():
             raise InputError(f"no model folder at {name}")
+        if misspelt(name, organisms.NAMES):
+            raise unknown("model", name, organisms.NAMES, "A model of the hub is written owner/name")
         return name
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fake import FakeModel
@@ -16,7 +17,14 @@ from fake import FakeModel
 from veridical.activations import Activations, collect
 from veridical.activations import store as stores
 from veridical.activations import writer as writers
-from veridical.errors import DamagedFileError, DiskFullError, NonFiniteError, StoreError, StoreMismatchError
+from veridical.errors import (
+    DamagedFileError,
+    DiskFullError,
+    InputError,
+    NonFiniteError,
+    StoreError,
+    StoreMismatchError,
+)
 
 TEXTS = [chr(97 + i % 26) * (3 + (i * 7) % 40) for i in range(300)]
 OPTIONS = {"tokens": "all", "batch_tokens": 32, "shard_mb": 1}
@@ -399,3 +407,27 @@ def test_few_files_are_held_open(tmp_path):
     acts._source.check_all()
     opened = [Path(os.path.realpath(handle)) for handle in Path("/proc/self/fd").glob("*")]
     assert sum(path.parent == tmp_path / "store" for path in opened) <= 64
+
+
+def test_chosen_vectors_are_those_of_the_whole_and_checked(whole):
+    expected = whole["resid_post.1"]
+    random = np.random.default_rng(0)
+    for places in (
+        np.arange(len(whole)),
+        np.arange(7, 900),
+        np.flatnonzero(random.random(len(whole)) < 0.3),
+        random.permutation(len(whole))[:50],
+        np.array([len(whole) - 1, 0, 0]),
+        np.empty(0, dtype=int),
+    ):
+        assert torch.equal(whole.take("resid_post.1", places), expected[torch.from_numpy(places)])
+    view = whole.filter(np.arange(len(whole.rows)) % 3 == 1)
+    assert torch.equal(view.take("resid_post.1", np.array([3, 11])), view["resid_post.1"][[3, 11]])
+    for places in ([len(whole)], [-1], [[0]]):
+        with pytest.raises(InputError, match="expected numbers from 0 to"):
+            whole.take("resid_post.1", np.array(places))
+    entry, layout = whole._source.entries[1], whole._source.layout(1)
+    flip(whole.folder / entry.file, layout.offsets["blocks.1.hook_resid_post"][0] + 5)
+    acts = Activations.open(whole.folder)
+    with pytest.raises(DamagedFileError, match=r"vectors of blocks.1.hook_resid_post are not what"):
+        acts.take("resid_post.1", np.array([whole._source.bounds[1][0]]))

@@ -12,6 +12,7 @@ Veridical is faster.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PARTS = ("bare", "lens", "saelens", "writing", "mixed", "reading")
 CONTEXT, BATCH_TOKENS = 128, 2048  # the same batches for everyone
 SIZE = {
     "hidden_size": 512,
@@ -56,6 +58,7 @@ class Row:
     ours: list[float]
     others: list[float]
     amount: float
+    part: str = ""
 
     @property
     def ratio(self) -> float:
@@ -129,13 +132,16 @@ class Bench:
         self.count += 1
         return self.folder / f"run{self.count}"
 
-    def bare(self) -> None:
-        """The transformer body alone, in the same batches."""
-        rows = BATCH_TOKENS // CONTEXT
-        with torch.no_grad():
-            for batch in self.tokens.split(rows):
-                mask = torch.ones_like(batch)
-                self.module.model(input_ids=batch, attention_mask=mask, use_cache=False)
+    def bare(self, depth: int | None = None) -> None:
+        """The transformer body alone, in the same batches; its first `depth` layers where given."""
+        body, layers = self.module.model, self.module.model.layers
+        body.layers = layers[:depth]
+        try:
+            with torch.no_grad():
+                for batch in self.tokens.split(BATCH_TOKENS // CONTEXT):
+                    body(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False)
+        finally:
+            body.layers = layers
 
     def collect(self, **options: object):
         import veridical as vd
@@ -225,24 +231,32 @@ class Bench:
 
     def against_saelens(self) -> list[Row]:
         rows = []
-        lens = self.hooked_transformer()
-        for layer in (3, 7):
-            for kind, hook in (
-                ("HookedTransformer", f"blocks.{layer}.hook_resid_post"),
-                ("AutoModelForCausalLM", f"model.layers.{layer}"),
-            ):
-                site = f"resid_post.{layer}"
-                for shuffle in (True, False):
-                    # Shuffling is its default; ours is shuffled when it is read.
-                    said = f"SAELens cache runner, {kind}{'' if shuffle else ', not shuffled'}"
-                    rows.append(
-                        compare(
-                            f"one hook ({site}), all tokens, to disk", said,
-                            lambda s=site: self.collect(sites=s, tokens="all", store=self.fresh()),
-                            lambda k=kind, h=hook, mix=shuffle: self.saelens(k, h, lens, mix),
-                            amount=self.tokens.numel(), unit="tokens/s", required=1.3, turns=self.turns,
-                        )
-                    )  # fmt: skip
+        lens, tokens = self.hooked_transformer(), self.tokens
+        for layer in (0, 3, 7):
+            self.tokens = tokens.repeat(4, 1) if layer == 0 else tokens  # or else it is over in a moment
+            site = f"resid_post.{layer}"
+            hooks = {"HookedTransformer": f"blocks.{layer}.hook_{site.split('.')[0]}",
+                     "AutoModelForCausalLM": f"model.layers.{layer}"}  # fmt: skip
+            # Shuffling is its default; ours is shuffled when it is read.
+            for kind, shuffle in (("HookedTransformer", True), ("AutoModelForCausalLM", True),
+                                  ("AutoModelForCausalLM", False)):  # fmt: skip
+                said = f"SAELens cache runner, {kind}{'' if shuffle else ', not shuffled'}"
+                theirs = functools.partial(self.saelens, kind, hooks[kind], lens, shuffle)
+                amount = {"amount": self.tokens.numel(), "unit": "tokens/s", "turns": self.turns}
+                rows.append(
+                    compare(
+                        f"one hook ({site}), all tokens, to disk", said,
+                        lambda s=site: self.collect(sites=s, tokens="all", store=self.fresh()), theirs,
+                        required=1.3, **amount,
+                    )
+                )  # fmt: skip
+            rows.append(
+                compare(
+                    f"{layer + 1} of 8 layers run, nothing read or written", said,
+                    lambda depth=layer + 1: self.bare(depth), theirs, required=None, **amount,
+                )
+            )  # fmt: skip
+        self.tokens = tokens
         return rows
 
     def runner(self, kind: str, hook: str, lens, path: Path, shuffle: bool = False):
@@ -469,7 +483,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="runs of each side that count")
     parser.add_argument("--rows", type=int, default=128, help=f"texts of {CONTEXT} tokens")
     parser.add_argument(
-        "--only", default="", help="parts to run: bare, lens, saelens, writing, mixed, reading"
+        "--only",
+        default="",
+        help=f"parts to run: {', '.join(PARTS)}; with --write the others keep their rows",
     )
     parser.add_argument("--folder", help="where to write; a temporary folder on the disk when not given")
     parser.add_argument(
@@ -481,25 +497,29 @@ def main() -> None:
             script = Path(__file__).with_name("memory_of_collect.py")
             sys.exit(subprocess.run([sys.executable, script, folder, str(options.memory)]).returncode)
         bench = Bench(Path(folder), options.rows, options.turns)
-        parts = {
-            "bare": bench.against_bare,
-            "lens": bench.against_lens,
-            "saelens": bench.against_saelens,
-            "writing": bench.writing,
-            "mixed": bench.mixed,
-            "reading": bench.reading,
-        }
-        chosen = options.only.split(",") if options.only else list(parts)
+        methods = (bench.against_bare, bench.against_lens, bench.against_saelens, bench.writing, bench.mixed,
+                   bench.reading)  # fmt: skip
+        parts = dict(zip(PARTS, methods, strict=True))
+        chosen = options.only.split(",") if options.only else list(PARTS)
         print(HEADER, flush=True)
-        rows = [row for name in chosen for row in parts[name]()]
+        rows = []
+        for name in chosen:
+            rows += [replace(row, part=name) for row in parts[name]()]
     if options.write:
-        save(rows, options)
+        save(rows, chosen, options)
 
 
-def save(rows: list[Row], options: argparse.Namespace) -> None:
+def save(rows: list[Row], parts: list[str], options: argparse.Namespace) -> None:
+    """Writes the table; the rows of parts that were not run stay as they were."""
     from veridical.provenance import versions
 
     RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "collect.json"
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    kept = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in before]
+    rows = sorted(
+        [*rows, *(row for row in kept if row.part not in parts)], key=lambda row: PARTS.index(row.part)
+    )
     machine = f"{cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}"
     packages = {**versions(), "sae-lens": __import__("importlib.metadata").metadata.version("sae-lens")}
     said = ", ".join(f"{name} {version}" for name, version in packages.items())

@@ -8,6 +8,7 @@ import veridical as vd
 from veridical.probes.base import Problems
 from veridical.probes.kinds import kind
 from veridical.probes.solver import Design
+from veridical.probes.streamed import StreamedRows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +45,44 @@ def test_a_sweep_on_the_gpu_equals_the_cpus(planted, quick):
         np.testing.assert_allclose(a.probe.coef_, b.probe.coef_, rtol=1e-6, atol=1e-9)
         assert a.metrics["auroc"].value == pytest.approx(b.metrics["auroc"].value, abs=1e-6)
     assert all(x.is_cuda for x in on_gpu.values())
+
+
+@pytest.mark.parametrize("name", ["logistic", "ridge", "mass_mean", "lda"])
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_site_is_streamed_to_the_gpu_with_the_cpus_numbers(planted, quick, name, where):
+    """From arrays on the CPU, a chunk at a time, or from 16-bit tensors that are on the GPU already."""
+    data = planted(pairs=600, width=48)
+    acts = {site: torch.from_numpy(x).to(torch.bfloat16) for site, x in data.acts.items()}
+    given = {"target": data.labels, "groups": data.pairs, "probe": name, **quick}
+    cpu = vd.fit_probes(acts, **given)
+    on_gpu = {"solve_on": "cuda"} if where == "cpu" else {}
+    read = {site: x.to(where) for site, x in acts.items()}
+    seen = watch_products(on_gpu | given, read)
+    for a, b in zip(seen.results, cpu.results):
+        assert getattr(a.probe, "C", 1) == getattr(b.probe, "C", 1)
+        np.testing.assert_allclose(a.probe.coef_, b.probe.coef_, rtol=1e-6, atol=1e-9)
+        assert a.metrics["auroc"].value == pytest.approx(b.metrics["auroc"].value, abs=1e-6)
+    assert all(x.device.type == where for x in read.values())
+
+
+def watch_products(options, acts):
+    """A streamed sweep, every product of which must be on the GPU."""
+    chunks, devices = StreamedRows.chunks, set()
+
+    def watched(self):
+        for at, x in chunks(self):
+            devices.add(x.device.type)
+            yield at, x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamedRows, "chunks", watched)
+        sweep = vd.fit_probes(acts, memory_gb=5e-4, **options)
+    assert devices == {"cuda"}
+    return sweep
+
+
+def test_a_store_is_solved_where_it_is_asked_to_be(planted, quick):
+    data = planted(pairs=200, width=32)
+    given = {"target": data.labels, "groups": data.pairs, **quick}
+    there, here = (vd.fit_probes(data.acts, solve_on=device, **given) for device in ("cuda", None))
+    np.testing.assert_allclose(there.best().coef_, here.best().coef_, rtol=1e-6, atol=1e-9)

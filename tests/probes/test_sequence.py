@@ -274,8 +274,9 @@ def test_the_objective_is_the_one_that_is_stated(make):
 @pooled
 def test_no_nearby_point_is_better_and_a_batch_equals_each_alone(make):
     fits, w, *_ = fits_of(make(), n=60)
-    found, _, converged = minimise(fits, 0.1 * w, 1e-10, 2000)
-    assert bool(converged.all())
+    reached = minimise(fits, 0.1 * w, 2000, fall=1e-10)
+    found = reached.points
+    assert bool(reached.converged.all())
     best, _ = fits.value(fits.readings(found), found)
     made = torch.Generator().manual_seed(5)
     for size in (1e-3, 1e-2):
@@ -284,7 +285,7 @@ def test_no_nearby_point_is_better_and_a_batch_equals_each_alone(make):
             assert bool((fits.value(fits.readings(near), near)[0] >= best - 1e-6 * best.abs()).all())
     for column in range(3):
         mask = torch.arange(3) == column
-        alone, _, _ = minimise(fits.pick(mask), 0.1 * w[:, mask], 1e-10, 2000)
+        alone = minimise(fits.pick(mask), 0.1 * w[:, mask], 2000, fall=1e-10).points
         value, _ = fits.pick(mask).value(fits.readings(alone), alone)
         assert value.item() == pytest.approx(best[column].item(), rel=1e-3)
 

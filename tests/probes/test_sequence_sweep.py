@@ -133,6 +133,10 @@ def test_a_sweep_finds_the_site_and_reports_what_every_sweep_does(make):
     assert any("length alone has AUROC" in note for note in sweep.notes)
     assert sweep.best().direction_ @ direction > 0.8
     assert "AUROC" in repr(sweep)
+    said = sweep.report_section().text
+    assert f"fitted on {sweep.counts['fit_vectors']} sequences of" in said
+    assert " vectors" not in said
+    assert "sequences" in sweep.calibration().report_section().text
     sweep.figure()
 
 

@@ -1,13 +1,15 @@
 """LAT and CCS: what they find, against brute force; what they find where it is not the label."""
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pytest
 import torch
 
 from veridical.errors import DataError
-from veridical.probes.ccs import CCSProbe, loss
-from veridical.probes.descent import minimise
+from veridical.probes.ccs import CCSProbe, Contrast
 from veridical.probes.lat import LATProbe
+from veridical.probes.lbfgs import minimise
 
 
 def uneven(width=7, seed=0):
@@ -101,6 +103,13 @@ def ingredients(pairs=12, width=5, problems=3):
     means = torch.stack([one.T @ share, other.T @ share])
     theta = torch.from_numpy(random.normal(size=(width + 1, problems)))
     return theta, one, other, means, share
+
+
+def loss(theta, one, other, means, share, decay):
+    """Losses and gradients at `theta`."""
+    contrast = Contrast(one, other, means, share, decay, torch.ones_like(share[:1]))
+    value, kept = contrast.value(contrast.readings(theta), theta)
+    return value, contrast.gradient(kept, theta)
 
 
 def test_the_loss_is_that_of_the_paper():
@@ -227,6 +236,34 @@ def test_ccs_refuses_pairs_without_two_sides(probe, groups, columns, said):
 # The descent
 
 
+@dataclass(frozen=True)
+class Plain:
+    """Any function of points `[d, j]` and the numbers `[j]` of their problems, to values and gradients."""
+
+    function: object
+    columns: torch.Tensor
+
+    @property
+    def inverse(self):
+        return torch.ones(1, len(self.columns), dtype=torch.float64)
+
+    def readings(self, w):
+        return w
+
+    def value(self, readings, w):
+        return self.function(w, self.columns)
+
+    def gradient(self, kept, w):
+        return kept
+
+    def pick(self, columns):
+        return replace(self, columns=self.columns[columns])
+
+
+def descend(function, start, max_steps, tol=1e-7):
+    return minimise(Plain(function, torch.arange(start.shape[1])), start, max_steps, norm=tol)
+
+
 def test_the_descent_reaches_the_minimum_of_each_problem_alone_or_together():
     random = np.random.default_rng(0)
     factors = [random.normal(size=(8, 8)) * np.geomspace(0.01, 10, 8) for _ in range(4)]
@@ -238,10 +275,10 @@ def test_the_descent_reaches_the_minimum_of_each_problem_alone_or_together():
         bent = torch.einsum("kij,jk->ik", matrices[columns], away)
         return (away * bent).sum(0) / 2 + (away**4).sum(0), bent + 4 * away**3
 
-    reached = minimise(function, torch.zeros(8, 4, dtype=torch.float64), 500, tol=1e-10)
+    reached = descend(function, torch.zeros(8, 4, dtype=torch.float64), 500, tol=1e-10)
     assert bool(reached.converged.all())
     torch.testing.assert_close(reached.points, wanted, rtol=1e-5, atol=1e-6)
-    alone = minimise(lambda x, c: function(x, c + 2), torch.zeros(8, 1, dtype=torch.float64), 500, tol=1e-10)
+    alone = descend(lambda x, c: function(x, c + 2), torch.zeros(8, 1, dtype=torch.float64), 500, tol=1e-10)
     torch.testing.assert_close(alone.points[:, 0], reached.points[:, 2], rtol=1e-9, atol=1e-11)
     assert int(alone.steps[0]) == int(reached.steps[2])
 
@@ -253,10 +290,10 @@ def test_the_descent_says_when_it_was_cut_short():
         )
 
     start = torch.tensor([[-1.2], [1.0]], dtype=torch.float64)
-    assert not bool(minimise(function, start, 3).converged)
-    assert int(minimise(function, start, 3).steps) == 3
+    assert not bool(descend(function, start, 3).converged)
+    assert int(descend(function, start, 3).steps) == 3
     torch.testing.assert_close(
-        minimise(function, start, 500, tol=1e-10).points, torch.ones(2, 1, dtype=torch.float64)
+        descend(function, start, 500, tol=1e-10).points, torch.ones(2, 1, dtype=torch.float64)
     )
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from sae_makers import random_sae
 
 import veridical as vd
-from sae_makers import random_sae
 from veridical.errors import InputError
 from veridical.saes.features import feature_table
 from veridical.saes.logit_effects import logit_effects, norm_gain, top_tokens, unembedding

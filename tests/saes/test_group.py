@@ -3,7 +3,7 @@
 import pytest
 import torch
 from making import CONFIGS
-from planted import activations
+from planted_features import activations
 
 from veridical.errors import InputError
 from veridical.saes import SAEConfig

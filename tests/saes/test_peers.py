@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from sae_makers import vectors
 from safetensors.torch import save_file
 from torch.nn.functional import linear
 
-from sae_makers import vectors
 from veridical.errors import DamagedFileError, DataError, InputError, UnknownNameError
 from veridical.saes.formats import from_dictionary_learning, from_sparsify
 from veridical.saes.formats.sparsify import site_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
 from veridical.errors import ConfigError, InputError, StoreMismatchError
@@ -114,6 +114,21 @@ def test_data_that_cannot_be_sent_and_what_a_worker_refuses(cluster, vectors, tm
 
     with pytest.raises(InputError, match="late: x holds NaN or infinity after 10,240 training vectors"):
         vd.sweep_saes(broken, [late], engine="ray", store=tmp_path / "b", holdout=0)
+
+
+@present
+@pytest.mark.slow
+def test_workers_read_a_store_of_activations(cluster, tmp_path):
+    texts = [f"The capital of country number {number} is town number {7 * number}." for number in range(60)]
+    sites = ["resid_post.1", "mlp_out.2"]
+    acts = vd.collect(vd.load("tiny-liar"), texts, sites=sites, tokens="all", store=tmp_path / "acts")
+    configs = [vd.SAEConfig(width=64, k=4, batch=64, lr=1e-2, site=site, name=site) for site in sites]
+    found = vd.sweep_saes(acts, configs, engine="ray", store=tmp_path / "sweep")
+    together = vd.train_saes(acts, configs)
+    for site in sites:
+        torch.testing.assert_close(found[site].W_dec, together[site].W_dec, rtol=1e-4, atol=1e-5)
+    assert found.share == 1
+    assert found.rungs().empty
 
 
 def test_a_store_is_needed(vectors, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
 from veridical.errors import DamagedFileError, DiskFullError, StoreMismatchError

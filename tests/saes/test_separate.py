@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from sae_makers import exact_sae, random_sae
 
 import veridical as vd
-from sae_makers import exact_sae, random_sae
 from veridical.errors import DataError, InputError, UnknownNameError
 from veridical.saes.pooled import pooled_latents
 from veridical.saes.separate import separate_labels, separate_models

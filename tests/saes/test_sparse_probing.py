@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-
 from sae_makers import exact_sae, random_sae
+
 from veridical.errors import DataError, InputError
 from veridical.saes.sparse_probing import rank_latents, sparse_probes
 

@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
+from veridical.config import build, load_recipe
 from veridical.errors import ConfigError, DataError, InputError, StoreMismatchError, UnknownNameError
 from veridical.saes import SAESweep, SweepConfig, checkpoint
 from veridical.saes.stream import as_stream
@@ -192,7 +193,7 @@ def test_members_of_another_penalty_are_no_peers(vectors):
     found = vd.sweep_saes(vectors, {"common": common, "grid": grid}, control="relu-f32-l3-lr0.01")
     frame = found.to_frame().set_index("name")
     assert frame["cancelled"].isna().tolist() == [False, True, False, True]
-    assert frame["cancelled"].str.contains("explains nothing").tolist()[::2] == [True, True]
+    assert frame["cancelled"].str.contains("rank 2 of 2").tolist()[::2] == [True, True]
     assert frame["l0"]["relu-f32-l3-lr0.01"] < frame["l0"]["relu-f32-l0.3-lr0.01"]
 
 
@@ -342,3 +343,24 @@ def test_a_store_of_other_rules_is_refused(tmp_path):
     with pytest.raises(StoreMismatchError, match=r"sweep.eta is 2.0 there, 3.0 here"):
         swept(tmp_path, eta=3.0)
     assert len(swept(tmp_path)) == 8  # finished: nothing is trained again
+
+
+# Recipes in the repository
+
+
+def test_the_recipe_for_spot_machines_calls_a_sweep_that_exists():
+    recipes = HERE.parents[1] / "saes" / "recipes"
+    spot = load_recipe(recipes / "spot.yaml")
+    assert spot["resources"]["use_spot"] is True
+    assert spot["file_mounts"]["/bucket"]["mode"] == "MOUNT"
+    words = spot["run"].split()
+    assert words[:3] == ["veridical", "sae", "sweep"]
+    assert words[words.index("--out") + 1].startswith("/bucket/")
+    recipe = load_recipe(HERE.parents[1] / words[words.index("--config") + 1])
+    own = {key: value for key, value in recipe.items() if key in ("common", "grid", "checkpoint_minutes")}
+    sweep = build(SweepConfig, **own)
+    assert len(sweep.members()) == 10
+    assert {config.learning_rate(768) for config in sweep.members()} >= {1.6e-4}
+    for config in sweep.members():
+        config.check(768)
+        assert config.latents(768) == 24_576

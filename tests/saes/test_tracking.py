@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
 from veridical.errors import InputError, UnknownNameError

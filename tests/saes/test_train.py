@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from making import CONFIGS
-from planted import activations
+from planted_features import activations
 
 import veridical as vd
 from veridical.errors import ConfigError, DataError, InputError, NonFiniteError, UnknownNameError

@@ -129,20 +129,29 @@ class Activations:
         bounds = self._source.bounds
         if self._picked is None and len(bounds) == 1:
             return self._source.part(name, 0)
+        if self._picked is not None:
+            return self.take(name, np.arange(len(self)))
         out = torch.empty(len(self), *self._source.shapes[name], dtype=self.dtype)
-        at = 0
         for part, (first, last) in enumerate(bounds):
-            if self._picked is None:
-                self._source.read(name, part, 0, as_view(out[first:last]))
-                continue
-            inside = (
-                self._picked[np.searchsorted(self._picked, first) : np.searchsorted(self._picked, last)]
-                - first
-            )
-            if len(inside):
-                chosen = self._source.part(name, part)[torch.from_numpy(inside)]
-                out[at : at + len(inside)] = chosen
-                at += len(inside)
+            self._source.read(name, part, 0, as_view(out[first:last]))
+        return out
+
+    def take(self, site: str | Site, vectors: np.ndarray) -> Tensor:
+        """The vectors of a site at these lines of `index`, `[len(vectors), ...]`, in the stored dtype.
+
+        Shards are memory maps, so that no more is read than what is asked for.
+        """
+        name, places = self._site(site), np.asarray(vectors, dtype=np.int64)
+        if places.ndim != 1 or (len(places) and not 0 <= places.min() <= places.max() < len(self)):
+            raise InputError(f"vectors are {places.shape}; expected numbers from 0 to {len(self) - 1}")
+        if self._picked is not None:
+            places = self._picked[places]
+        out = torch.empty(len(places), *self._source.shapes[name], dtype=self.dtype)
+        parts = np.searchsorted([last for _, last in self._source.bounds], places, side="right")
+        for part in np.unique(parts):
+            here = np.flatnonzero(parts == part)
+            inside = places[here] - self._source.bounds[part][0]
+            out[_run(here)] = self._source.part(name, int(part))[_run(inside)]
         return out
 
     def chunks(self, site: str | Site, size: int | None = None) -> Iterator[Tensor]:
@@ -347,6 +356,14 @@ class _LazyMoments(Mapping[str, Moments]):
 
     def __len__(self) -> int:
         return len(self._acts.sites)
+
+
+def _run(places: np.ndarray) -> slice | Tensor:
+    """Places as a slice where they follow each other, which needs no copy."""
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 == len(places) and bool((np.diff(places) == 1).all()):
+        return slice(first, last + 1)
+    return torch.from_numpy(places)
 
 
 def _canonical(site: Any) -> str:

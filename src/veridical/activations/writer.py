@@ -7,6 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ CHUNK_BYTES = (
     128 << 10
 )  # vectors are checked in chunks of this size, so that a shuffled reader checks what it reads
 INDEX = ("row", "position", "token_id")
+FLUSH_BYTES = 16 << 20  # the disk begins with what was written while the model still runs
 
 
 class Backlog:
@@ -177,6 +179,9 @@ class ShardFile:
     def __init__(self, path: Path, layout: Layout, index: dict[str, np.ndarray]):
         self.path, self.layout = path, layout
         self._temporary = path.with_name(f".{path.name}.tmp")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="veridical-flush")
+        self._flushes: list[Future[None]] = []
+        self._unflushed = 0
         with explaining_disk(path):
             self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
@@ -196,6 +201,10 @@ class ShardFile:
             for run in joined(runs):
                 part = content[run.source * size : (run.source + run.count) * size]
                 self._write(part, start + run.target * size)
+        self._unflushed += len(content)
+        if self._unflushed >= FLUSH_BYTES and all(flush.done() for flush in self._flushes):
+            self._flushes.append(self._flusher.submit(os.fsync, self._file))
+            self._unflushed = 0
 
     def commit(self, moments: dict[str, Moments]) -> str:
         """Makes the shard durable under its own name.
@@ -210,6 +219,9 @@ class ShardFile:
                 self._write(moment.m2.numpy(), layout.offsets[f"m2:{site}"][0])
                 digests = chunk_digests(self._file, layout, site, 0, len(layout.chunks(site)))
                 self._write(digests, layout.offsets[f"checksums:{site}"][0])
+            self._flusher.shutdown()
+            for flush in self._flushes:
+                flush.result()  # an error of the disk is reported once, so it may have been reported there
             os.fsync(self._file)
             head = xxhash.xxh3_128_hexdigest(os.pread(self._file, layout.head, 0))
             os.close(self._file)
@@ -220,6 +232,7 @@ class ShardFile:
 
     def abandon(self) -> None:
         """Gives the space back; a no-op once committed."""
+        self._flusher.shutdown()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veridical.errors import DamagedFileError, DataError, InputError, UnknownNameError, unknown
+from veridical.errors import DamagedFileError, DataError, InputError, UnknownNameError, misspelt, unknown
 from veridical.files import read_json, replacing, write_bytes, write_json
 from veridical.pairs import adapters
 from veridical.pairs.schema import NESTED, Pairs
@@ -274,15 +274,17 @@ def _from_hub(
     """A data set of the hub (or a folder laid out like one); its code, if it has any, is never run."""
     import datasets
 
+    from veridical.organisms import PAIRS
+
     if Path(source).suffix.lower() in (*READ, ".gz"):
         raise UnknownNameError(f"no file {source}{_beside(Path(source))}")
+    if misspelt(source, PAIRS) and not Path(source).exists():
+        raise unknown("data set", source, PAIRS, "A data set of the hub is written owner/name")
     try:
         with quiet_datasets():
             found = datasets.load_dataset(source, name=subset, split=split, revision=revision)
     except Exception as error:
         # Whatever goes wrong in there (no network, no such name, a loading script), the name was what we had.
-        from veridical.organisms import PAIRS
-
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise unknown(
             "data set", source, PAIRS, f"It is no file or folder here, and the hub said: {said}"

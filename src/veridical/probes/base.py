@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from veridical.errors import DataError
 from veridical.probes.origin import Origin
-from veridical.probes.solver import Design, Solution
+from veridical.probes.solver import Design, Solution, totals
+from veridical.probes.streamed import StreamedDesign, StreamedRows
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -39,8 +40,9 @@ class Problems:
     """`k` fits on the same rows.
 
     Attributes:
-        targets: `[n, k]` float64, 1 for the positive class and 0 for the other.
-        weights: `[n, k]` float64, weight of each row in each problem; 0 leaves the row out.
+        targets: `[n, k]`, 1 for the positive class and 0 for the other; float64, or bool where rows are
+            streamed.
+        weights: `[n, k]` likewise, weight of each row in each problem; 0 leaves the row out.
         strengths: `[k]`, C of each problem; estimators without a strength ignore it.
         groups: `[n]` int64, pair of each row; None where rows come without pairs.
         columns: Further label columns `[n]`, by name.
@@ -58,6 +60,14 @@ class Problems:
 
     def __len__(self) -> int:
         return self.targets.shape[1]
+
+    def part(self, at: slice) -> tuple[Tensor, Tensor]:
+        """Targets and weights of some rows, `[c, k]` float64."""
+        return self.targets[at].to(torch.float64), self.weights[at].to(torch.float64)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Weight of the positive rows of each problem, and of the negative ones, `[k]` each."""
+        return totals(self.targets, self.weights)
 
     def pick(self, columns: Tensor) -> Problems:
         """Some of the problems, by number."""
@@ -94,6 +104,10 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
     """What `predict_proba` takes, for a card."""
     extra: ClassVar[tuple[str, ...]] = ()
     """Further fitted arrays, saved beside coefficients and intercept; `name_` holds each."""
+    labelled: ClassVar[str] = "vectors"
+    """What has a label each: vectors, or sequences of them."""
+    streams: ClassVar[bool] = False
+    """Whether it can be fitted on rows that are read in chunks, since memory does not hold them."""
     standardise: bool
 
     @abstractmethod
@@ -106,11 +120,17 @@ class LinearProbe(ClassifierMixin, BaseEstimator):
 
     def space(self, x: Any) -> Design:
         """Where the problems on checked rows `x` are solved."""
+        if isinstance(x, StreamedRows):
+            return StreamedDesign.of(x, self.standardise)
         return Design.of(x, self.standardise)
 
     def scores(self, design: Design, weights: Tensor) -> Tensor:
         """Decision values `[n, k]` of solutions `weights` on the rows of their own design."""
         return design.rows @ weights
+
+    def readings(self, design: Design, weights: Tensor) -> Iterable[tuple[slice, Tensor]]:
+        """The same in parts: which rows, and their decision values."""
+        return design.readings(weights) if self.streams else [(slice(None), self.scores(design, weights))]
 
     def held_out(self, design: Design, weights: Tensor, x: Any) -> Tensor:
         """Decision values `[rows, k]` of solutions on other rows `x`, as activations."""

@@ -46,6 +46,7 @@ class Calibration:
         bins: One line per method and bin: `method`, `probability` (mean), `share` (of positives), `low` and
             `high` (its interval), `rows`.
         rows: Held-out vectors and pairs, and the vectors that the curves were fitted on.
+        labelled: What has a label each: vectors, or sequences.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Calibration:
     errors: Mapping[str, Mapping[str, Estimate]]
     bins: pd.DataFrame
     rows: Mapping[str, int]
+    labelled: str = "vectors"
 
     def to_frame(self) -> pd.DataFrame:
         """One line per method: `ece` and `brier`, each with the ends of its 95 % interval."""
@@ -92,9 +94,9 @@ class Calibration:
         from veridical.reporting.section import Section
 
         text = (
-            f"Fitted on out-of-fold scores of {self.rows['fit_vectors']} vectors; judged on "
-            f"{self.rows['test_vectors']} vectors of {self.rows['test_pairs']} other pairs. Bins hold equal "
-            "numbers of rows."
+            f"Fitted on out-of-fold scores of {self.rows['fit_vectors']} {self.labelled}; judged on "
+            f"{self.rows['test_vectors']} {self.labelled} of {self.rows['test_pairs']} other pairs. Bins "
+            "hold equal numbers of rows."
         )
         before, after = self.errors["as given"]["ece"], self.errors["Platt"]["ece"]
         return Section(
@@ -148,6 +150,7 @@ def calibrate(sweep: ProbeSweep, site: str | None = None, bins: int = 10) -> Cal
         errors={name: errors for name, (errors, _) in judged.items()},
         bins=pd.concat([table.assign(method=name) for name, (_, table) in judged.items()], ignore_index=True),
         rows=rows,
+        labelled=result.probe.labelled,
     )
 
 

@@ -6,14 +6,16 @@ sides of a pair should add up to one (consistency) and should not both be a half
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from veridical.errors import DataError
 from veridical.probes.base import LinearProbe, Problems
-from veridical.probes.descent import minimise
 from veridical.probes.directions import alike, along, check_contrast, signs_of
+from veridical.probes.lbfgs import minimise
 from veridical.probes.solver import Design, Solution
 
 SAME = 1e-7
@@ -135,41 +137,66 @@ class CCSProbe(LinearProbe):
         # Subtracting a side's mean from its rows is adding a constant to the scores, in each fold its own.
         means = torch.stack([one.T @ share, other.T @ share])
 
-        def value(theta: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-            return loss(theta, one, other, means[:, :, columns], share[:, columns], self.decay)
-
-        reached = minimise(value, start.repeat(1, sets), self.max_iter)
+        begin = start.repeat(1, sets)
+        contrast = Contrast(one, other, means, share, self.decay, torch.ones_like(share[:1]))
+        _, kept = contrast.value(contrast.readings(begin), begin)
+        # The first step is no longer than 1; later ones have a curvature to go by.
+        length = contrast.gradient(kept, begin).norm(dim=0, keepdim=True)
+        contrast = replace(contrast, inverse=1 / length.clamp_min(1))
+        reached = minimise(contrast, begin, self.max_iter, norm=1e-7)
         losses = reached.values.reshape(sets, self.restarts)
         best = torch.argmax((losses <= losses.amin(1, keepdim=True) + SAME).to(torch.int8), dim=1)
         best += self.restarts * torch.arange(sets, device=best.device)
         return reached.points[:-1, best], reached.steps[best], reached.converged[best]
 
 
-def loss(
-    theta: Tensor, one: Tensor, other: Tensor, means: Tensor, share: Tensor, decay: float
-) -> tuple[Tensor, Tensor]:
-    """The loss of each column and its gradient.
+@dataclass(frozen=True)
+class Contrast:
+    """The loss of normals and intercepts `theta` `[r + 1, k]` by column, as `lbfgs.minimise` asks for it.
 
-    Args:
-        theta: `[r + 1, k]`, normals and intercepts.
+    Attributes:
         one: `[pairs, r]`, first sides.
         other: `[pairs, r]`, second sides.
         means: `[2, r, k]`, mean of each side in each problem.
         share: `[pairs, k]`, weight of each pair; columns add up to 1.
         decay: Weight of `|w|^2 / 2`.
-
-    Returns:
-        Losses `[k]` and gradients `[r + 1, k]`.
+        inverse: `[1, k]`, lengths of the first steps relative to the gradient.
     """
-    w, b = theta[:-1], theta[-1]
-    p = torch.sigmoid(one @ w - (means[0] * w).sum(0) + b)
-    q = torch.sigmoid(other @ w - (means[1] * w).sum(0) + b)
-    apart, smaller = p + q - 1, torch.minimum(p, q)
-    losses = (share * (apart.square() + smaller.square())).sum(0) + decay / 2 * w.square().sum(0)
-    first = share * 2 * (apart + torch.where(p <= q, p, 0.0)) * p * (1 - p)
-    second = share * 2 * (apart + torch.where(p <= q, 0.0, q)) * q * (1 - q)
-    slope = one.T @ first - means[0] * first.sum(0) + other.T @ second - means[1] * second.sum(0)
-    return losses, torch.cat([slope + decay * w, (first + second).sum(0, keepdim=True)])
+
+    one: Tensor
+    other: Tensor
+    means: Tensor
+    share: Tensor
+    decay: float
+    inverse: Tensor
+
+    def readings(self, theta: Tensor) -> Tensor:
+        """Scores of both sides, `[2, pairs, k]`."""
+        w, b = theta[:-1], theta[-1]
+        less = b - (self.means * w).sum(1)
+        return torch.stack([self.one @ w + less[0], self.other @ w + less[1]])
+
+    def value(self, readings: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses `[k]`, and the probabilities of both sides."""
+        sides = torch.sigmoid(readings)
+        p, q = sides
+        losses = (self.share * ((p + q - 1).square() + torch.minimum(p, q).square())).sum(0)
+        return losses + self.decay / 2 * theta[:-1].square().sum(0), sides
+
+    def gradient(self, sides: Tensor, theta: Tensor) -> Tensor:
+        """Gradients `[r + 1, k]`."""
+        p, q = sides
+        apart = p + q - 1
+        first = self.share * 2 * (apart + torch.where(p <= q, p, 0.0)) * p * (1 - p)
+        second = self.share * 2 * (apart + torch.where(p <= q, 0.0, q)) * q * (1 - q)
+        ends = first.sum(0), second.sum(0)
+        slope = self.one.T @ first - self.means[0] * ends[0] + self.other.T @ second - self.means[1] * ends[1]
+        return torch.cat([slope + self.decay * theta[:-1], (ends[0] + ends[1])[None]])
+
+    def pick(self, columns: Tensor) -> Contrast:
+        """Some of the columns."""
+        parts = {name: getattr(self, name)[..., columns] for name in ("means", "share", "inverse")}
+        return replace(self, **parts)
 
 
 def _means(rows: Tensor, groups: Tensor, side: Tensor) -> Tensor:

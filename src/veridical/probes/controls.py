@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from veridical.probes.evaluate import auroc, settled
-from veridical.probes.solver import deviations
+from veridical.probes.solver import spread_of
+from veridical.probes.streamed import StreamedRows
 
 DRAWS = 50
 """Random directions per site."""
 
 
 def random_directions(
-    fit: Tensor,
+    fit: Tensor | StreamedRows,
     positive: np.ndarray,
-    test: Tensor,
+    test: Tensor | StreamedRows,
     test_positive: np.ndarray,
     *,
     standardise: bool = True,
@@ -41,11 +42,20 @@ def random_directions(
         draws: How many directions.
         seed: Decides the directions.
     """
-    mean = fit.mean(0)
-    spread, constant = deviations(fit - mean, mean)
+    if isinstance(fit, StreamedRows):
+        mean, variance, width = fit.moments.mean, fit.moments.var, fit.columns
+    else:
+        mean, width = fit.mean(0), draws
+        variance = (fit - mean).square_().mean(0)
+    spread, constant = spread_of(variance, mean, len(fit))
     random = np.random.default_rng([seed, 4])
-    drawn = torch.from_numpy(random.normal(size=(fit.shape[1], draws))).to(fit)
+    drawn = torch.from_numpy(random.normal(size=(fit.shape[1], draws))).to(mean)
     directions = torch.where(constant[:, None], 0.0, drawn / spread[:, None] if standardise else drawn)
-    on_fit = auroc(settled(((fit - mean) @ directions).cpu().numpy()), positive)
-    on_test = auroc(settled(((test - mean) @ directions).cpu().numpy()), test_positive)
+
+    def figures(x: Tensor | StreamedRows, labels: np.ndarray) -> np.ndarray:
+        centred = x - mean
+        parts = [centred @ some for some in directions.split(width, 1)]
+        return np.concatenate([auroc(settled(part.cpu().numpy()), labels) for part in parts])
+
+    on_fit, on_test = figures(fit, positive), figures(test, test_positive)
     return np.where(on_fit >= 0.5, on_test, 1 - on_test)

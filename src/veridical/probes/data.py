@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from veridical.errors import DataError, InputError, NonFiniteError, unknown
+from veridical.probes.streamed import StreamedRows
 from veridical.probes.texts import read_texts
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Source:
 
     Attributes:
         sites: Names, in order of depth.
-        load: Site to vectors `[n, ...]`.
+        take: Site and positions to the vectors there, `[len(positions), ...]`, as they are stored.
+        shapes: Shape of one vector at each site.
         columns: Label columns, one value per vector.
         groups: `[n]`, pair of each vector.
         units: `[n]`, data row of each vector (several vectors can come from one row).
@@ -37,7 +39,8 @@ class Source:
     """
 
     sites: tuple[str, ...]
-    load: Callable[[str], torch.Tensor]
+    take: Callable[[str, np.ndarray], torch.Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
     columns: Mapping[str, np.ndarray]
     groups: np.ndarray
     units: np.ndarray
@@ -60,23 +63,47 @@ class Source:
             return None
         return np.array([not missing(value) and bool(value) for value in self.columns[name]])
 
-    def vectors(self, site: str, rows: np.ndarray) -> torch.Tensor:
+    def width(self, site: str) -> int:
+        """Features of one vector at a site, trailing axes flattened."""
+        return int(np.prod(self.shapes[site]))
+
+    def count(self, rows: np.ndarray) -> int:
+        """How many vectors `vectors` gives for `rows`."""
+        return len(rows)
+
+    def vectors(self, site: str, rows: np.ndarray, device: torch.device | None = None) -> torch.Tensor:
         """Vectors `[len(rows), d]` in float64, trailing axes flattened; NaN or infinity is refused."""
-        x = self.load(site)
-        if len(x) != len(self):
-            raise DataError(f"site {site} has {len(x)} rows; the labels have {len(self)}")
-        x = x[torch.as_tensor(rows, device=x.device)].reshape(len(rows), -1).to(torch.float64)
-        finite = torch.isfinite(x).all(1)
-        if not bool(finite.all()):
-            first = int(torch.argmin(finite.to(torch.int8)))
-            bad = int((~finite).sum())
-            at = int(rows[first])
-            raise NonFiniteError(
-                f"site {site} has NaN or infinity in {bad} of {len(rows)} vectors, first in vector {at} "
-                f"(row {self.units[at]}, pair {self.groups[at]}); fp16 overflows at 65504: collect in "
-                "bfloat16 or float32"
-            )
+        x = self.take(site, rows)
+        x = x.to(device or x.device).reshape(len(rows), -1).to(torch.float64)
+        self._check_finite(site, rows, torch.isfinite(x).all(1))
         return x
+
+    def stream(
+        self, site: str, rows: np.ndarray, memory: int, device: torch.device | None = None
+    ) -> StreamedRows:
+        """The same vectors, read a chunk at a time whenever they are needed, within `memory` bytes."""
+        width = self.width(site)
+        where = device or self.take(site, rows[:1]).device
+
+        def read(at: slice) -> torch.Tensor:
+            return self.take(site, rows[at]).to(where).reshape(-1, width).to(torch.float64)
+
+        def check(finite: torch.Tensor) -> None:
+            self._check_finite(site, rows, finite)
+
+        return StreamedRows.of(read, (len(rows), width), where, memory, check)
+
+    def _check_finite(self, site: str, rows: np.ndarray, finite: torch.Tensor) -> None:
+        """Refuses vectors of which not all, `[len(rows)]` bool, are finite; names the first."""
+        if bool(finite.all()):
+            return
+        first = int(torch.argmin(finite.to(torch.int8)))
+        bad, at = int((~finite).sum()), int(rows[first])
+        raise NonFiniteError(
+            f"site {site} has NaN or infinity in {bad} of {len(rows)} vectors, first in vector {at} "
+            f"(row {self.units[at]}, pair {self.groups[at]}); fp16 overflows at 65504: collect in "
+            "bfloat16 or float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -239,10 +266,11 @@ def _from_arrays(acts: Mapping[str, Any], groups: Any, texts: Any, rows: Any) ->
         () if groups is not None or "pair" in table else ("No pairs were given: each row is its own pair.",)
     )
 
-    def load(site: str) -> torch.Tensor:
-        return arrays[site]
+    def take(site: str, positions: np.ndarray) -> torch.Tensor:
+        return arrays[site][torch.as_tensor(positions, device=arrays[site].device)]
 
-    return Source(tuple(arrays), load, table, pair, np.arange(length), read, {}, notes)
+    shapes = {site: tuple(x.shape[1:]) for site, x in arrays.items()}
+    return Source(tuple(arrays), take, shapes, table, pair, np.arange(length), read, {}, notes)
 
 
 def _from_store(acts: Activations, groups: Any, texts: Any) -> Source:
@@ -257,9 +285,8 @@ def _from_store(acts: Activations, groups: Any, texts: Any) -> Source:
         read = as_column(np.array(list(texts), dtype=object), "texts", len(units))
     else:
         read, notes = read_texts(columns, facts["tokens"])
-    return Source(
-        tuple(acts.sites), lambda site: acts[site], columns, np.asarray(pair), units, read, facts, notes
-    )
+    shapes = {site: tuple(acts.take(site, units[:0]).shape[1:]) for site in acts.sites}
+    return Source(tuple(acts.sites), acts.take, shapes, columns, np.asarray(pair), units, read, facts, notes)
 
 
 def _facts(acts: Activations) -> dict[str, str | None]:

@@ -32,38 +32,51 @@ def alike(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shares(problems: Problems) -> tuple[Tensor, Tensor]:
-    """Weight of the rows of each class as averages: two matrices `[n, k]` whose columns add up to 1.
+    """What turns weights of the rows of each class into averages: one over their sums, `[k]` each.
 
     Where a problem lacks one class both are zero: there is no difference of means to speak of.
     """
-    positive, negative = problems.weights * problems.targets, problems.weights * (1 - problems.targets)
-    both = (positive.sum(0) > 0) & (negative.sum(0) > 0)
-    high, low = (side / side.sum(0).clamp_min(1e-300) * both for side in (positive, negative))
+    positive, negative = problems.totals()
+    both = (positive > 0) & (negative > 0)
+    high, low = (both / total.clamp_min(1e-300) for total in (positive, negative))
     return high, low
 
 
 def mean_difference(design: Design, problems: Problems) -> Tensor:
     """Mean of the positive class minus mean of the negative one, `[r, k]` in the basis of `design`."""
     high, low = shares(problems)
-    return design.rows[:, :-1].T @ (high - low)
+
+    def averaged(at: slice) -> Tensor:
+        targets, weights = problems.part(at)
+        return weights * (targets * high - (1 - targets) * low)
+
+    return design.sums(averaged)[:-1]
 
 
 def prior_log_odds(problems: Problems) -> Tensor:
     """Log-odds of the classes' weights, `[k]`; finite with one class only."""
-    share = (problems.weights * problems.targets).sum(0) / problems.weights.sum(0).clamp_min(1e-300)
-    share = share.clamp(1e-6, 1 - 1e-6)
+    positive, negative = problems.totals()
+    share = (positive / (positive + negative).clamp_min(1e-300)).clamp(1e-6, 1 - 1e-6)
     return torch.log(share) - torch.log1p(-share)
 
 
 def along(design: Design, directions: Tensor, problems: Problems) -> Solution:
     """Directions `[r, k]`, of any length and sign, as solutions in log-odds of the positive class."""
-    scores = design.rows[:, :-1] @ directions
+    scores = design.readings(torch.cat([directions, torch.zeros_like(directions[:1])]))
+    high, low = directions.new_zeros(2, len(problems))
+    squares = torch.zeros_like(high)
+    for at, part in scores:
+        targets, weights = problems.part(at)
+        high += (weights * targets * part).sum(0)
+        low += (weights * (1 - targets) * part).sum(0)
     high_share, low_share = shares(problems)
-    high, low = (high_share * scores).sum(0), (low_share * scores).sum(0)
-    gap = high - low
-    residual = scores - torch.where(problems.targets > 0.5, high, low)
-    total = problems.weights.sum(0).clamp_min(1e-300)
-    variance = torch.maximum((problems.weights * residual.square()).sum(0) / total, LEAST * gap.square())
+    high, low = high * high_share, low * low_share
+    for at, part in scores:
+        targets, weights = problems.part(at)
+        squares += (weights * (part - torch.where(targets > 0.5, high, low)).square()).sum(0)
+    gap, (positive, negative) = high - low, problems.totals()
+    total = (positive + negative).clamp_min(1e-300)
+    variance = torch.maximum(squares / total, LEAST * gap.square())
     slope = torch.where(variance > 0, gap / variance.clamp_min(1e-300), 0.0)
     intercept = prior_log_odds(problems) - slope * (high + low) / 2
     return closed(torch.cat([directions * slope, intercept[None]]))

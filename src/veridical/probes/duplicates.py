@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import xxhash
 
 from veridical.errors import DataError
 from veridical.probes.data import Source
@@ -19,6 +20,8 @@ COMMON = 0.1
 """A content under more than this share of all pairs, such as a prompt that many share, is no copied row."""
 FEW = 10
 """A content under no more pairs than this always is one."""
+CHUNK = 1024
+"""Vectors that are read at a time."""
 
 
 def without_copies(source: Source, allow: bool = False) -> Source:
@@ -85,13 +88,16 @@ def _contents(source: Source) -> list[object]:
         for unit, text in zip(source.units.tolist(), source.texts):
             whole[unit] = max(whole.get(unit, ""), str(text), key=len)
         return [whole[unit] for unit in source.units.tolist()]
+    if source.count(np.arange(len(source))) != len(source):
+        return list(range(len(source)))  # sequences of several vectors are not compared
     contents: list[object] = [None] * len(source)
     for site in source.sites:
-        x = source.load(site)
-        if len(x) != len(source):
-            return list(range(len(source)))  # the sweep names what is wrong
-        rows = x.reshape(len(x), -1).cpu().contiguous().view(torch.uint8).numpy()
-        contents = [(before, row.tobytes()) for before, row in zip(contents, rows)]
+        digests: list[bytes] = []
+        for first in range(0, len(source), CHUNK):
+            rows = source.take(site, np.arange(first, min(first + CHUNK, len(source))))
+            plain = rows.reshape(len(rows), -1).cpu().contiguous().view(torch.uint8).numpy()
+            digests += [xxhash.xxh3_128_digest(row) for row in plain]
+        contents = list(zip(contents, digests))
         if len(set(contents)) == len(contents):
             break
     return contents

@@ -37,9 +37,13 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
     positive = np.broadcast_to(positive if positive.ndim == 2 else positive[:, None], scores.shape)
     count = positive.sum(0)
     others = len(scores) - count
-    ranks = rankdata(scores, axis=0)
+    sums = np.empty(scores.shape[1])
+    step = max(1, CHUNK_ELEMENTS // max(1, len(scores)))
+    for first in range(0, scores.shape[1], step):
+        columns = slice(first, first + step)
+        sums[columns] = (rankdata(scores[:, columns], axis=0) * positive[:, columns]).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return ((ranks * positive).sum(0) - count * (count + 1) / 2) / (count * others)
+        return (sums - count * (count + 1) / 2) / (count * others)
 
 
 def settled(scores: np.ndarray) -> np.ndarray:
@@ -48,7 +52,9 @@ def settled(scores: np.ndarray) -> np.ndarray:
     Equal activations, such as those of a first token that all rows share, must tie in a ranking; matrix
     products may give them last digits of their own.
     """
-    spread = np.abs(scores - scores.mean(0)).max(0)
+    # The largest distance from the mean, without a copy of all distances.
+    mean = scores.mean(0)
+    spread = np.maximum(scores.max(0) - mean, mean - scores.min(0))
     step = 10.0 ** (np.floor(np.log10(np.where(spread > 0, spread, 1))) - 10)
     return np.round(scores / step) * step
 
@@ -98,12 +104,17 @@ def _area(false: np.ndarray, recall: np.ndarray) -> np.ndarray:
 
 
 def resample_weights(groups: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """How often each row counts in `n` resamples of whole pairs, `[n, rows]` int32."""
+    """How often each row counts in `n` resamples of whole pairs, `[n, rows]`, in the least unsigned type."""
     _, codes = np.unique(groups, return_inverse=True)
     count = int(codes.max()) + 1
     random = np.random.default_rng([seed, 1])
-    drawn = random.multinomial(count, np.full(count, 1 / count), size=n).astype(np.int32)
-    return drawn[:, codes]
+    step = max(1, CHUNK_ELEMENTS // count)
+    parts = [
+        random.multinomial(count, np.full(count, 1 / count), size=min(step, n - first))
+        for first in range(0, n, step)
+    ]
+    kind = np.min_scalar_type(max(int(part.max()) for part in parts))
+    return np.concatenate([part.astype(kind)[:, codes] for part in parts])
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:

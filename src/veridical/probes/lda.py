@@ -31,6 +31,7 @@ class LDAProbe(LinearProbe):
     """
 
     name = "lda"
+    streams = True
 
     def __init__(self, shrinkage: float | None = None, *, standardise: bool = True) -> None:
         self.shrinkage = shrinkage
@@ -39,23 +40,23 @@ class LDAProbe(LinearProbe):
     def solve(self, design: Design, problems: Problems) -> Solution:
         if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
             raise DataError(f"shrinkage is {self.shrinkage!r}; expected a share from 0 to 1, or None")
-        rows = design.rows[:, :-1]
         difference = mean_difference(design, problems)
         prior = prior_log_odds(problems)
-        solved = rows.new_zeros(rows.shape[1] + 1, len(problems))
+        solved = torch.zeros_like(torch.cat([difference, prior[None]]))
         different, which = alike(problems.weights)
         for number, weight in enumerate(different.T):
             columns = torch.nonzero(which == number)[:, 0]
+            weight = weight.to(torch.float64)
             total = weight.sum().clamp_min(1e-300)
-            mean = weight @ rows / total
-            centred = rows - mean
+            mean = design.sums(lambda at, weight=weight: weight[at, None])[:-1, 0] / total
             # The covariance of all rows; that within the classes is less by one rank, along the difference.
-            values, vectors = torch.linalg.eigh(centred.T @ (weight[:, None] * centred) / total)
+            covariance = design.gram(weight, torch.cat([mean, mean.new_zeros(1)]))[:-1, :-1] / total
+            values, vectors = torch.linalg.eigh(covariance)
             gap = vectors.T @ difference[:, columns]
             spread = _Spread(values.clamp_min(0), gap, problems.pick(columns), total, len(design.basis))
             share = self.shrinkage
             if share is None:
-                shrinkage = spread.ledoit_wolf(centred @ vectors)
+                shrinkage = spread.ledoit_wolf(design, mean, difference[:, columns])
             else:
                 shrinkage = gap.new_full((gap.shape[1],), share)
             whitened = vectors @ spread.whitened(shrinkage)
@@ -77,17 +78,30 @@ class _Spread:
 
     def __init__(self, values: Tensor, gap: Tensor, problems: Problems, total: Tensor, width: int) -> None:
         self.values, self.gap, self.problems, self.total, self.width = values, gap, problems, total, width
-        self.positive = (problems.weights * problems.targets).sum(0) / total
+        self.positive = problems.totals()[0] / total
         self.between = self.positive * (1 - self.positive)
         self.trace = (values.sum() - self.between * gap.square().sum(0)).clamp_min(0)
 
-    def ledoit_wolf(self, rotated: Tensor) -> Tensor:
-        """Shares `[k]` from centred rows `[n, r]`, as scikit-learn's `ledoit_wolf_shrinkage`."""
-        length = self.gap.square().sum(0)
-        offset = self.problems.targets - self.positive  # times the gap: mean of the row's class
-        squares = rotated.square().sum(1, keepdim=True)
-        squares = squares - 2 * offset * (rotated @ self.gap) + offset.square() * length
-        fourth = (self.problems.weights * squares.square()).sum(0) / self.total
+    def ledoit_wolf(self, design: Design, mean: Tensor, difference: Tensor) -> Tensor:
+        """Shares `[k]`, as scikit-learn's `ledoit_wolf_shrinkage` gives for rows less their class's mean.
+
+        Args:
+            design: The rows.
+            mean: `[r]`, of the rows.
+            difference: `[r, k]`, of the class means.
+        """
+        length, fourth = self.gap.square().sum(0), torch.zeros_like(self.positive)
+        along = torch.cat([mean[:, None], difference], 1)
+        # The last line makes the readings those of the rows less their mean.
+        along = torch.cat([along, -(mean @ along)[None]])
+        for at, read in design.readings(along):
+            targets, weights = self.problems.part(at)
+            offset = targets - self.positive  # times the gap: mean of the row's class
+            # |x - m|^2 = |x|^2 - 2 (x - m) . m - |m|^2
+            lengths = design.squares[at, None] - 2 * read[:, :1] - mean.square().sum()
+            lengths = lengths - 2 * offset * read[:, 1:] + offset.square() * length
+            fourth += (weights * lengths.square()).sum(0)
+        fourth = fourth / self.total
         bent = (self.values[:, None] * self.gap.square()).sum(0)
         norm = self.values.square().sum() - 2 * self.between * bent + (self.between * length).square()
         distance = (norm - self.trace.square() / self.width).clamp_min(0)

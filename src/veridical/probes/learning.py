@@ -21,7 +21,7 @@ import torch
 from veridical import config as configs
 from veridical.config import ProbeConfig
 from veridical.errors import DataError
-from veridical.probes import evaluate
+from veridical.probes import evaluate, kinds
 from veridical.probes.base import LinearProbe, Problems, group_codes
 from veridical.probes.baseline import text_scores
 from veridical.probes.card import interval, number
@@ -29,6 +29,7 @@ from veridical.probes.crossfit import fold_numbers
 from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows, site_name
 from veridical.probes.duplicates import without_copies
 from veridical.probes.evaluate import Estimate
+from veridical.probes.room import Room
 from veridical.probes.sweep import SELECTION_TOL, as_estimator, check_config, run_sweep
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ class LearningCurve:
         """The curve as a section of a report."""
         from veridical.reporting.section import Section
 
-        counts = self.counts
+        counts, labelled = self.counts, kinds.kind(self.estimator).labelled
         text = (
             f"{self.estimator.capitalize()} probes for {self.config.target} at {self.site}, judged on "
-            f"{counts['test_rows']} vectors of {counts['test_pairs']} held-out pairs. Each draw chose its "
+            f"{counts['test_rows']} {labelled} of {counts['test_pairs']} held-out pairs. Each draw chose its "
             "own strength on folds of its own pairs. The band is the range of the draws."
         )
         return Section(
@@ -205,8 +206,9 @@ class _Curve:
         self.source, self.task, self.config, self.probe, self.site = source, task, config, probe, site
         self.pairs = group_codes(source.groups[task.fit], len(task.fit)).numpy()
         self.truth, self.held_truth = task.positive[task.fit], task.positive[task.test]
-        self.design = probe.space(source.vectors(site, task.fit))
-        self.held = source.vectors(site, task.test)
+        read = Room.of(config).reader(source, site, task, "a learning curve", streams=False)
+        self.design = probe.space(read(task.fit))
+        self.held = read(task.test)
         self.strengths = sorted(config.strengths) if probe.tuned else [1.0]
         named = {name: getattr(probe, name) for name in probe.columns}
         self.columns = {name: source.column(at)[task.fit] for name, at in named.items() if at is not None}

@@ -23,6 +23,7 @@ class LogisticProbe(LinearProbe):
 
     name = "logistic"
     tuned = True
+    streams = True
 
     def __init__(
         self, C: float = 1.0, *, standardise: bool = True, tol: float = 1e-8, max_iter: int = 100

@@ -21,6 +21,7 @@ class MassMeanProbe(LinearProbe):
     """
 
     name = "mass_mean"
+    streams = True
 
     def __init__(self, *, standardise: bool = False) -> None:
         self.standardise = standardise

@@ -174,14 +174,14 @@ class PooledProbe(SequenceProbe):
         start = self.lift(start, ((wanted - pooled) * problems.weights).sum(0) / count)
         start = start.reshape(-1, shape[2]).to(fits.design.rows)
         tol = max(self.tol, CHOOSING_TOL) if choosing else self.tol
-        found, steps, converged = minimise(fits, start, tol, self.max_iter)
-        found = found.to(design.rows)
+        reached = minimise(fits, start, self.max_iter, fall=tol)
+        found = reached.points.to(design.rows)
         if not bool(torch.isfinite(found).all()):
             raise NonFiniteError(f"the fit of {self.name} left the finite numbers; give smaller strengths C")
         shaped = found.reshape(shape)
         growth, _, _ = self.growth(shaped, design.within, design.read(shaped))
         length = torch.stack([growth, torch.full_like(growth, fits.typical)])
-        return Solution(torch.cat([found, length]), steps, converged)
+        return Solution(torch.cat([found, length]), reached.steps, reached.converged)
 
     def scores(self, design: Design, weights: Tensor) -> Tensor:
         """Scores `[n, k]`, in the order of the data, of what `solve` found."""

@@ -245,12 +245,12 @@ class ProbeSweep:
     def _description(self) -> str:
         counts = self.counts
         left_out = "; ".join(f"{n} {reason}" for reason, n in counts["excluded"].items())
-        tokens = self.facts.get("tokens")
+        tokens, labelled = self.facts.get("tokens"), self.results[0].probe.labelled
         return (
             f"{self.results[0].probe.name.capitalize()} probes at {len(self)} sites"
             + (f" (tokens read: {tokens})" if tokens else "")
-            + f", fitted on {counts['fit_vectors']} vectors of {counts['fit_pairs']} pairs and judged on "
-            f"{counts['test_vectors']} vectors of {counts['test_pairs']} other pairs, of which "
+            + f", fitted on {counts['fit_vectors']} {labelled} of {counts['fit_pairs']} pairs and judged on "
+            f"{counts['test_vectors']} {labelled} of {counts['test_pairs']} other pairs, of which "
             f"{counts['test_positive']} are positive. Held out: {counts['split']}. Site and strength were "
             f"chosen on {self.config.folds} folds of the fitted pairs. Intervals are 95 %, over "
             f"{self.config.bootstrap} resamples of whole pairs. Selectivity is the AUROC less that of the "

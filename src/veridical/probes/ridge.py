@@ -31,6 +31,7 @@ class RidgeProbe(LinearProbe):
 
     name = "ridge"
     tuned = True
+    streams = True
 
     def __init__(self, C: float = 1.0, *, standardise: bool = True) -> None:
         self.C = C
@@ -49,16 +50,18 @@ def least_squares(design: Design, problems: Problems) -> Tensor:
     The columns of a design are orthogonal, so the Gram matrix of all rows is a diagonal; a fold changes it by
     the rows it leaves out. One factorisation serves all labels with the same rows and strength.
     """
-    rows = design.rows
-    targets, weights, strengths = problems.targets, problems.weights, problems.strengths
-    right = rows.T @ (weights * (2 * targets - 1))
-    whole = len(rows) * design.second_moment
-    different, which = alike(weights)
+
+    def signed(at: slice) -> Tensor:
+        targets, weights = problems.part(at)
+        return weights * (2 * targets - 1)
+
+    strengths = problems.strengths
+    right = design.sums(signed)
+    whole = len(design) * design.second_moment
+    different, which = alike(problems.weights)
     solved = torch.empty_like(right)
     for number, weight in enumerate(different.T):
-        changed = torch.nonzero(weight != 1)[:, 0]
-        part = rows[changed]
-        gram = part.T @ ((weight[changed] - 1)[:, None] * part)
+        gram = design.gram(weight.to(torch.float64) - 1)
         for strength in strengths[which == number].unique():
             columns = torch.nonzero((which == number) & (strengths == strength))[:, 0]
             penalty = whole + 1 / strength
@@ -66,7 +69,7 @@ def least_squares(design: Design, problems: Problems) -> Tensor:
             factor, failed = torch.linalg.cholesky_ex(gram + torch.diag(penalty))
             if int(failed):
                 raise DataError(
-                    f"C = {float(strength):g} leaves least squares on {len(rows)} rows without a unique "
+                    f"C = {float(strength):g} leaves least squares on {len(design)} rows without a unique "
                     "solution in float64; use a smaller C (a stronger penalty)"
                 )
             solved[:, columns] = torch.cholesky_solve(right[:, columns], factor)

@@ -154,6 +154,7 @@ class SequenceProbe(LinearProbe):
     """
 
     reads: ClassVar[str] = "a list of activations [tokens, {width}], one for each sequence"
+    labelled: ClassVar[str] = "sequences"
     tuned = True
 
     def __init__(self, C: float = 1.0, *, standardise: bool = True) -> None:
@@ -258,10 +259,14 @@ class SequenceSource(Source):
     tokens: Source
     lengths: np.ndarray
 
-    def vectors(self, site: str, rows: np.ndarray) -> Any:
+    def count(self, rows: np.ndarray) -> int:
+        """Tokens of the sequences at `rows`."""
+        return int(self.lengths[rows].sum())
+
+    def vectors(self, site: str, rows: np.ndarray, device: torch.device | None = None) -> Any:
         """The sequences at `rows` as `Sequences` in float64; NaN or infinity is refused."""
         lengths, chosen = torch.from_numpy(self.lengths), torch.from_numpy(np.asarray(rows))
-        vectors = self.tokens.vectors(site, _tokens_of(lengths, chosen).numpy())
+        vectors = self.tokens.vectors(site, _tokens_of(lengths, chosen).numpy(), device)
         return Sequences(vectors, lengths[chosen].to(vectors.device))
 
 
@@ -313,7 +318,8 @@ def read_sequences(
     begins = torch.cumsum(lengths, 0).numpy() - lengths.numpy()
     return SequenceSource(
         sites=tokens.sites,
-        load=tokens.load,
+        take=tokens.take,
+        shapes=tokens.shapes,
         columns={name: np.asarray(values)[begins] for name, values in tokens.columns.items()},
         groups=tokens.groups[begins],
         units=tokens.units[begins],

@@ -13,18 +13,24 @@ transpose replaces [rows, d] by [rows, rows]; then the eigenvectors of the Gram 
 orthogonal, so that a diagonal is nearly the inverse Hessian. Each Newton step (IRLS) is solved by conjugate
 gradients preconditioned with that diagonal (Nocedal and Wright, Numerical Optimization, 2nd ed., algorithm
 7.1), which costs two matrix products shared by all problems in place of one Hessian per problem. Everything
-is float64 and runs on the device of the design.
+is float64 and runs on the device of the design. The solver asks a design only for products, so that its rows
+may also be read from a store for each of them (see `streamed`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 22
 """Rows times problems held at once; about eight float64 arrays of this size (32 MiB each) are alive."""
+Pull = Callable[[slice, Tensor], Tensor]
+"""Which rows, and their readings `[c, k]`, to weights `[c, j]` of these rows."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +52,64 @@ class Design:
     scale: Tensor
     second_moment: Tensor
 
+    held: ClassVar[bool] = True
+    """Whether all rows are in memory."""
+
     @classmethod
     def of(cls, x: Tensor, standardise: bool = True) -> Design:
         """Prepares `x`, `[n, d]`; the statistics are those of these rows alone."""
         x = x.to(torch.float64)
         mean = x.mean(0)
         centred = x - mean
-        spread, constant = deviations(centred, mean)
+        spread, constant = spread_of(centred.square().mean(0), mean, len(x))
         scale = spread if standardise else torch.ones_like(mean)
-        rotated, basis = _rotate(torch.where(constant, 0.0, centred / scale))
+        # In place: a site may be as large as a few copies leave room for.
+        rotated, basis = _rotate(centred.div_(scale).masked_fill_(constant, 0.0))
         rows = torch.cat([rotated, rotated.new_ones(len(rotated), 1)], 1)
         return cls(rows, basis, mean, scale, rows.square().mean(0))
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        return self.rows.device
+
+    @property
+    def height(self) -> int:
+        """Rows that are in memory at once."""
+        return len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def readings(self, v: Tensor) -> Iterable[tuple[slice, Tensor]]:
+        """`rows @ v` for `v` `[r + 1, k]`: which rows, and their readings; one part or several."""
+        return [(slice(None), self.rows @ v)]
+
+    def through(self, v: Tensor, pull: Pull) -> Tensor:
+        """`rows.T @ pull(rows @ v)`, `[r + 1, j]`; every row is read once."""
+        return self.rows.T @ pull(slice(None), self.rows @ v)
+
+    def sums(self, weights: Callable[[slice], Tensor]) -> Tensor:
+        """`rows.T @ weights` `[r + 1, j]`, where `weights` gives those of some rows."""
+        nothing = self.second_moment.new_zeros(len(self.second_moment), 0)
+        return self.through(nothing, lambda at, _: weights(at))
+
+    def gram(self, weights: Tensor, about: Tensor | None = None) -> Tensor:
+        """`(rows - about).T @ diag(weights) @ (rows - about)`, `[r + 1, r + 1]`.
+
+        Args:
+            weights: `[n]`, of any sign; rows of weight 0 cost nothing.
+            about: `[r + 1]`, with 0 in the last place.
+        """
+        weights = weights.to(torch.float64)
+        changed = torch.nonzero(weights)[:, 0]
+        rows = self.rows[changed] if about is None else self.rows[changed] - about
+        return rows.T @ (weights[changed, None] * rows)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared length of each row without the intercept's column, `[n]`."""
+        return self.rows[:, :-1].square().sum(1)
 
     def raw(self, solution: Tensor) -> tuple[Tensor, Tensor]:
         """Solutions `[r + 1, k]` as coefficients `[k, d]` and intercepts `[k]` on raw activations."""
@@ -73,13 +126,28 @@ class Solution:
     converged: Tensor
 
 
-def deviations(centred: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Standard deviations of centred columns, 1 where a column is constant up to rounding, and which are."""
-    variance = centred.square().mean(0)
+def spread_of(variance: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Standard deviations of columns, 1 where a column is constant up to rounding, and which are."""
     eps = torch.finfo(torch.float64).eps
     # The variance that rounding alone can give a constant column (Chan, Golub and LeVeque 1983).
-    constant = variance <= len(centred) * eps * variance + (len(centred) * mean * eps) ** 2
+    constant = variance <= count * eps * variance + (count * mean * eps) ** 2
     return torch.where(constant, 1.0, variance.sqrt()), constant
+
+
+def totals(targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight of the positive rows of each problem, and of the negative ones, `[k]` float64 each."""
+    positive = torch.zeros(targets.shape[1], dtype=torch.float64, device=targets.device)
+    negative = torch.zeros_like(positive)
+    for t, m in zip(*(part.split(_at_once(targets.shape[1])) for part in (targets, weights))):
+        t, m = t.to(torch.float64), m.to(torch.float64)
+        positive += (m * t).sum(0)
+        negative += (m * (1 - t)).sum(0)
+    return positive, negative
+
+
+def _at_once(length: int) -> int:
+    """How many columns (or rows) of so many elements are worked on at once."""
+    return max(1, CHUNK_ELEMENTS // max(1, length))
 
 
 def solve(
@@ -96,25 +164,21 @@ def solve(
 
     Args:
         design: The rows that all problems share.
-        targets: `[n, k]`, 1 for the positive class and 0 for the other.
-        weights: `[n, k]`, weight of each row in each problem; 0 leaves the row out.
+        targets: `[n, k]`, 1 for the positive class and 0 for the other; of any type.
+        weights: `[n, k]`, weight of each row in each problem; 0 leaves the row out. Of any type.
         strengths: `[k]`, scikit-learn's C.
         start: `[r + 1, k]`, such as the solution at the strength before.
         tol: Gradient norm at which a problem counts as solved, relative to |w|. The penalty makes the
             objective 1-strongly convex in w, so this bounds the relative error of w.
         max_steps: Newton steps at most.
     """
-    n, k = targets.shape
-    width = max(1, CHUNK_ELEMENTS // max(n, design.rows.shape[1]))
+    width = _at_once(max(design.height, len(design.second_moment)))
     parts = []
-    for first in range(0, k, width):
+    for first in range(0, targets.shape[1], width):
         columns = slice(first, first + width)
         begin = None if start is None else start[:, columns]
-        parts.append(
-            _newton(
-                design, targets[:, columns], weights[:, columns], strengths[columns], begin, tol, max_steps
-            )
-        )
+        fits = _Fits.of(design, targets[:, columns], weights[:, columns], strengths[columns])
+        parts.append(_newton(fits, begin, tol, max_steps))
     return Solution(
         torch.cat([part.weights for part in parts], 1),
         torch.cat([part.steps for part in parts]),
@@ -132,72 +196,122 @@ def _rotate(x: Tensor) -> tuple[Tensor, Tensor]:
     return x @ vectors, vectors if basis is None else basis @ vectors
 
 
-def _newton(
-    design: Design,
-    targets: Tensor,
-    weights: Tensor,
-    strengths: Tensor,
-    start: Tensor | None,
-    tol: float,
-    max_steps: int,
-) -> Solution:
-    rows = design.rows
-    targets, losses = targets.to(rows), weights.to(rows) * strengths.to(rows)
-    k = targets.shape[1]
-    penalty = rows.new_ones(rows.shape[1], 1)
-    penalty[-1] = 0
-    solved = rows.new_zeros(rows.shape[1], k) if start is None else start.clone()
+@dataclass(frozen=True)
+class _Point:
+    """Where the problems stand: `[r + 1, k]`, objectives `[k]`, gradients, and the sum of the losses' second
+    derivatives `[k]`; those of each row `[n, k]` where rows are in memory."""
+
+    w: Tensor
+    value: Tensor
+    gradient: Tensor
+    bend: Tensor
+    curvature: Tensor | None
+
+    def pick(self, keep: Tensor) -> _Point:
+        curvature = None if self.curvature is None else self.curvature[:, keep]
+        return _Point(self.w[:, keep], self.value[keep], self.gradient[:, keep], self.bend[keep], curvature)
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """Objectives of several problems on one design."""
+
+    design: Design
+    targets: Tensor
+    weights: Tensor
+    strengths: Tensor
+    penalty: Tensor
+
+    @classmethod
+    def of(cls, design: Design, targets: Tensor, weights: Tensor, strengths: Tensor) -> _Fits:
+        penalty = torch.ones_like(design.second_moment)[:, None]
+        penalty[-1] = 0
+        targets, weights = targets.to(design.device), weights.to(design.device)
+        return cls(design, targets, weights, strengths.to(penalty), penalty)
+
+    def pick(self, keep: Tensor) -> _Fits:
+        columns = self.targets[:, keep], self.weights[:, keep], self.strengths[keep]
+        return _Fits(self.design, *columns, self.penalty)
+
+    def at(self, w: Tensor) -> _Point:
+        """Objectives and gradients at `w` `[r + 1, k]`, from one pass over the rows."""
+        value, bend, kept = w.new_zeros(w.shape[1]), w.new_zeros(w.shape[1]), []
+
+        def pull(at: slice, z: Tensor) -> Tensor:
+            targets, losses = self._part(at)
+            p = torch.sigmoid(z)
+            loss = torch.nn.functional.softplus((1 - 2 * targets) * z, threshold=700.0)
+            curvature = losses * p * (1 - p)
+            value.add_((losses * loss).sum(0))
+            bend.add_(curvature.sum(0))
+            if self.design.held:
+                kept.append(curvature)
+            return losses * (p - targets)
+
+        gradient = self.design.through(w, pull) + self.penalty * w
+        value += 0.5 * (self.penalty * w.square()).sum(0)
+        return _Point(w, value, gradient, bend, kept[0] if kept else None)
+
+    def bent(self, point: _Point, direction: Tensor) -> Tensor:
+        """Hessians at a point times `direction` `[r + 1, k]`."""
+        kept, k = point.curvature, direction.shape[1]
+        if kept is not None:
+            curved = self.design.through(direction, lambda _, along: kept * along)
+            return curved + self.penalty * direction
+
+        def pull(at: slice, read: Tensor) -> Tensor:
+            _, losses = self._part(at)
+            p = torch.sigmoid(read[:, :k])
+            return losses * p * (1 - p) * read[:, k:]
+
+        # Second derivatives of all rows are as large as the labels; they are computed again with each chunk.
+        return self.design.through(torch.cat([point.w, direction], 1), pull) + self.penalty * direction
+
+    def _part(self, at: slice) -> tuple[Tensor, Tensor]:
+        """Targets and weighted strengths of some rows, `[c, k]` float64."""
+        return self.targets[at].to(torch.float64), self.weights[at].to(torch.float64) * self.strengths
+
+
+def _newton(fits: _Fits, start: Tensor | None, tol: float, max_steps: int) -> Solution:
+    k, device = fits.targets.shape[1], fits.design.device
+    solved = torch.zeros(len(fits.penalty), k, dtype=torch.float64, device=device)
     if start is None:
-        solved[-1] = _log_odds(targets, losses)
-    steps = torch.zeros(k, dtype=torch.int64, device=rows.device)
-    converged = torch.zeros(k, dtype=torch.bool, device=rows.device)
-    active = torch.arange(k, device=rows.device)
-    w, t, m = solved.clone(), targets, losses
-    z, first_norm = rows @ w, None
-    for _ in range(max_steps + 1):
-        p = torch.sigmoid(z)
-        gradient = rows.T @ (m * (p - t)) + penalty * w
-        norm = gradient.norm(dim=0)
+        solved[-1] = _log_odds(fits)
+    else:
+        solved[:] = start
+    steps = torch.zeros(k, dtype=torch.int64, device=device)
+    converged = torch.zeros(k, dtype=torch.bool, device=device)
+    active = torch.arange(k, device=device)
+    point, first_norm = fits.at(solved.clone()), None
+    for number in range(max_steps + 1):
+        norm = point.gradient.norm(dim=0)
         first_norm = norm.clone() if first_norm is None else first_norm
-        done = norm <= tol * w[:-1].norm(dim=0) + 1e-12 * first_norm + 1e-14
-        solved[:, active] = w
+        done = norm <= tol * point.w[:-1].norm(dim=0) + 1e-12 * first_norm + 1e-14
+        solved[:, active] = point.w
         converged[active] = done
-        if bool(done.all()):
+        if bool(done.all()) or number == max_steps:
             break
         if bool(done.any()):
             keep = ~done
-            active, w, t, m, z, p = active[keep], w[:, keep], t[:, keep], m[:, keep], z[:, keep], p[:, keep]
-            gradient, norm, first_norm = gradient[:, keep], norm[keep], first_norm[keep]
-        curvature = m * p * (1 - p)
-        step = _conjugate_gradients(
-            rows, curvature, penalty, design.second_moment, gradient, norm, first_norm
-        )
-        along = rows @ step
-        size = _line_search(z, along, t, m, w, step, gradient, penalty)
-        w, z = w + size * step, z + size * along
+            fits, point = fits.pick(keep), point.pick(keep)
+            active, norm, first_norm = active[keep], norm[keep], first_norm[keep]
+        point = _line_search(fits, point, _conjugate_gradients(fits, point, norm, first_norm))
         steps[active] += 1
     return Solution(solved, steps, converged)
 
 
-def _conjugate_gradients(
-    rows: Tensor,
-    curvature: Tensor,
-    penalty: Tensor,
-    second_moment: Tensor,
-    gradient: Tensor,
-    norm: Tensor,
-    first_norm: Tensor,
-) -> Tensor:
+def _conjugate_gradients(fits: _Fits, point: _Point, norm: Tensor, first_norm: Tensor) -> Tensor:
     """Newton directions `[r + 1, k]`, to a residual that shrinks with the gradient (superlinear)."""
-    inverse = 1 / (second_moment[:, None] * curvature.sum(0).clamp_min(1e-12) + penalty)
+    second_moment = fits.design.second_moment[:, None]
+    inverse = 1 / (second_moment * point.bend.clamp_min(1e-12) + fits.penalty)
     wanted = norm * (norm / first_norm.clamp_min(1e-300)).sqrt().clamp(max=0.1)
-    step = torch.zeros_like(gradient)
-    residual = -gradient
+    step = torch.zeros_like(point.gradient)
+    residual = -point.gradient
     scaled = inverse * residual
     direction = scaled.clone()
     product = (residual * scaled).sum(0)
-    for _ in range(2 * rows.shape[1]):
-        bent = rows.T @ (curvature * (rows @ direction)) + penalty * direction
+    for _ in range(2 * len(step)):
+        bent = fits.bent(point, direction)
         running = residual.norm(dim=0) > wanted
         length = torch.where(running, product / (direction * bent).sum(0).clamp_min(1e-300), 0.0)
         step += length * direction
@@ -211,37 +325,23 @@ def _conjugate_gradients(
     return step
 
 
-def _line_search(
-    z: Tensor,
-    along: Tensor,
-    targets: Tensor,
-    losses: Tensor,
-    w: Tensor,
-    step: Tensor,
-    gradient: Tensor,
-    penalty: Tensor,
-) -> Tensor:
-    """Step sizes `[k]` by halving until the objective falls enough (Armijo); no matrix product is needed."""
-    sign = 1 - 2 * targets
-
-    def objective(size: Tensor) -> Tensor:
-        loss = losses * torch.nn.functional.softplus(sign * (z + size * along), threshold=700.0)
-        return loss.sum(0) + 0.5 * (penalty * (w + size * step).square()).sum(0)
-
-    size = w.new_ones(w.shape[1])
-    before = objective(torch.zeros_like(size))
-    slope = (gradient * step).sum(0)
+def _line_search(fits: _Fits, point: _Point, step: Tensor) -> _Point:
+    """Where the steps lead, halved until each objective falls enough (Armijo); the whole step nearly always
+    does, and its gradient is the next one."""
+    slope = (point.gradient * step).sum(0)
+    size = torch.ones_like(slope)
+    found = fits.at(point.w + step)
     for _ in range(40):
-        short = objective(size) > before + 1e-4 * size * slope + 1e-12 * before.abs()
+        short = found.value > point.value + 1e-4 * size * slope + 1e-12 * point.value.abs()
         if not bool(short.any()):
             break
         size = torch.where(short, size / 2, size)
-    return size
+        found = fits.at(point.w + size * step)
+    return found
 
 
-def _log_odds(targets: Tensor, losses: Tensor) -> Tensor:
+def _log_odds(fits: _Fits) -> Tensor:
     """The intercept that fits the class shares alone, `[k]`: a good start."""
-    positive = (losses * targets).sum(0)
-    total = losses.sum(0)
-    share = (positive / total.clamp_min(1e-300)).clamp(1e-6, 1 - 1e-6)
+    positive, negative = totals(fits.targets, fits.weights)
+    share = (positive / (positive + negative).clamp_min(1e-300)).clamp(1e-6, 1 - 1e-6)
     return torch.log(share) - torch.log1p(-share)

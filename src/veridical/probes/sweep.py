@@ -5,6 +5,10 @@ that of one fit on all those pairs, at the chosen strength, scored on the held-o
 control goes through the same choice with labels permuted over pairs. Standardisation uses the fitted pairs'
 mean and variance in every
 fold: the labels of a fold's held-out pairs are never seen, their spread is; the test pairs enter nothing.
+
+A site that needs more memory than `memory_gb` is read in chunks for every product (see `streamed`), with the
+same steps and figures. What stays in memory for each vector then is its labels and scores, about 300 bytes
+with 20 shuffles, and a byte for each resample of a held-out one.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from veridical.probes.firing import firing_rates
 from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.result import ProbeSweep, SiteResult
+from veridical.probes.room import Room
 from veridical.probes.solver import Design
+from veridical.probes.streamed import StreamedRows
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -108,11 +114,12 @@ def check_config(config: ProbeConfig) -> None:
     for name, least in (("folds", 2), ("bootstrap", 1), ("shuffles", 0)):
         if getattr(config, name) < least:
             raise DataError(f"{name} is {getattr(config, name)}; expected at least {least}")
+    Room.of(config)
 
 
 @dataclass(frozen=True)
 class _SiteFit:
-    """One site, solved: everything that is scored later, on the vectors of the task.
+    """One site, solved, on the vectors of the task.
 
     `fold_auroc` and `test_scores` hold the true labels in column 0 and the shuffles after it.
     """
@@ -132,6 +139,7 @@ class _Sweep:
         from veridical.pairs.splits import folds
 
         self.source, self.task, self.config, self.probe = source, task, config, probe
+        self.room = Room.of(config)
         self.groups = source.groups[task.fit]
         self.pairs = group_codes(self.groups, len(self.groups))
         self.columns = probe.beside(source, task.fit)
@@ -144,24 +152,30 @@ class _Sweep:
         from veridical.progress import bar
 
         text = self._text_baseline()
-        fits: dict[str, _SiteFit] = {}
+        results: list[SiteResult] = []
+        by_fold: list[np.ndarray] = []
         with bar(len(self.source.sites), "probes", "sites", self.config.progress) as progress:
             for site in self.source.sites:
-                fits[site] = self._fit_site(site)
+                fit = self._fit_site(site)
+                results.append(self._result(site, fit, text))
+                by_fold.append(fit.fold_auroc)
                 progress.update(1)
-        best = max(fits, key=lambda site: round(fits[site].fold_auroc[0], 9))
-        results = tuple(self._result(site, fit, text) for site, fit in fits.items())
+        found = np.stack(by_fold)  # [sites, 1 + shuffles]
+        best = results[int(np.argmax(np.round(found[:, 0], 9)))]
         notes = self.probe.notes(self.source, self.task)
         return ProbeSweep.assemble(
             config=self.config,
             source=replace(self.source, notes=(*self.source.notes, *notes)),
             task=self.task,
-            results=results,
-            best_site=best,
-            selected_control=self._selected_control(fits),
+            results=tuple(results),
+            best_site=best.site,
+            # Test AUROC of each shuffle at the site that its own folds choose: what choosing alone can reach.
+            selected_control=np.array(
+                [results[at].control[s] for s, at in enumerate(np.argmax(found[:, 1:], axis=0))]
+            ),
             text=None if text is None else evaluate.measure(text[0], self._test_truth, self.weights),
             text_fold_auroc=None if text is None else text[1],
-            firing=self._firing(best, fits[best]),
+            firing=self._firing(best),
         )
 
     @property
@@ -178,24 +192,25 @@ class _Sweep:
         return np.stack([truth, *shuffled], 1)
 
     def _fit_site(self, site: str) -> _SiteFit:
-        x = self.source.vectors(site, self.task.fit)
+        read = self.room.reader(self.source, site, self.task, self.probe.name, self.probe.streams)
+        x = read(self.task.fit)
         design = self.probe.space(x)
         strengths = sorted(self.config.strengths) if self.probe.tuned else [1.0]
         by_fold, out_of_fold = self._validate(design, strengths)
         found = np.nanmean(by_fold, axis=1)  # [1 + shuffles, strengths]
         # The strongest penalty wins ties.
         chosen = np.argmax(np.round(found, 9), axis=1)
-        labels = torch.from_numpy(self.fit_labels.astype(np.float64)).to(design.rows.device)
+        labels = _flags(self.fit_labels, design)
         each = torch.tensor(strengths, dtype=torch.float64)[torch.from_numpy(chosen)].to(labels.device)
         final = self.probe.solve(design, self._problems(labels, torch.ones_like(labels), each))
-        held = self.source.vectors(site, self.task.test)
+        held = read(self.task.test)
         scores = self.probe.held_out(design, final.weights, held)
         probe = self.probe.at(strengths[chosen[0]])
         return _SiteFit(
             fold_auroc=found[np.arange(len(chosen)), chosen],
             probe=probe.settle(self.task.classes, design, final),
             converged=bool(final.converged[0]),
-            out_of_fold=out_of_fold[:, chosen[0]],
+            out_of_fold=out_of_fold[:, chosen[0]].copy(),
             test_scores=evaluate.settled(scores.cpu().numpy()),
             random=random_directions(
                 self.probe.one_each(x), self.fit_labels[:, 0], self.probe.one_each(held), self._test_truth,
@@ -214,34 +229,48 @@ class _Sweep:
         One column per label set and fold; each strength starts from the solution of the stronger penalty
         before it.
         """
-        n, sets, count = len(self.fit_labels), self.fit_labels.shape[1], len(self.folds)
-        device = design.rows.device
-        train = np.ones((n, count))
-        for fold, (_, validation) in enumerate(self.folds):
-            train[validation, fold] = 0
-        labels = torch.from_numpy(np.repeat(self.fit_labels, count, axis=1).astype(np.float64)).to(device)
-        masks = torch.from_numpy(np.tile(train, (1, sets))).to(device)
+        (n, sets), count = self.fit_labels.shape, len(self.folds)
         found = np.full((sets, count, len(strengths)), np.nan)
         out_of_fold = np.zeros((n, len(strengths)))
-        weights = None
-        for at, strength in enumerate(strengths):
-            each = torch.full((sets * count,), strength, dtype=torch.float64, device=device)
-            problems = self._problems(labels, masks, each, start=weights, tol=SELECTION_TOL)
-            weights = self.probe.solve(design, problems).weights
-            scores = evaluate.settled(self.probe.scores(design, weights).cpu().numpy()).reshape(
-                n, sets, count
-            )
-            for fold, (_, validation) in enumerate(self.folds):
-                part = scores[validation, :, fold]
-                found[:, fold, at] = evaluate.auroc(part, self.fit_labels[validation])
-                out_of_fold[validation, at] = part[:, 0]
+        fold_of = np.empty(n, dtype=np.int64)
+        for fold, (_, validation) in enumerate(self.folds):
+            fold_of[validation] = fold
+        # What is streamed may have more rows than scores and masks of all label sets leave memory for.
+        step = sets if design.held else self.room.columns(n)
+        for first in range(0, sets, step):
+            truth, weights = self.fit_labels[:, first : first + step], None
+            labels = _flags(np.repeat(truth, count, axis=1), design)
+            masks = _flags(np.tile(fold_of[:, None] != np.arange(count), (1, truth.shape[1])), design)
+            for at, strength in enumerate(strengths):
+                each = torch.full((labels.shape[1],), strength, dtype=torch.float64, device=design.device)
+                problems = self._problems(labels, masks, each, start=weights, tol=SELECTION_TOL)
+                weights = self.probe.solve(design, problems).weights
+                scores = self._held_out_scores(design, weights, fold_of)
+                for fold, (_, validation) in enumerate(self.folds):
+                    found[first : first + step, fold, at] = evaluate.auroc(
+                        scores[validation], truth[validation]
+                    )
+                if first == 0:
+                    out_of_fold[:, at] = scores[:, 0]
         # A fold without both classes says nothing of ranks; where no fold has both, nothing can be chosen.
         none = np.isnan(found).all(axis=1, keepdims=True)
         found[np.broadcast_to(none, found.shape)] = 0.5
         return found, out_of_fold
 
+    def _held_out_scores(self, design: Design, weights: Tensor, fold_of: np.ndarray) -> np.ndarray:
+        """Scores `[n, sets]` of each row by those solutions of `[r + 1, sets * folds]` that its fold had no
+        part in."""
+        count = len(self.folds)
+        out = np.empty((len(fold_of), weights.shape[1] // count))
+        for at, read in self.probe.readings(design, weights):
+            which = torch.from_numpy(fold_of[at]).to(read.device)
+            each = read.reshape(len(read), -1, count)
+            out[at] = each[torch.arange(len(read), device=read.device), :, which].cpu().numpy()
+        return evaluate.settled(out)
+
     def _result(self, site: str, fit: _SiteFit, text: tuple[np.ndarray, float] | None) -> SiteResult:
-        scores, truth = fit.test_scores[:, 0], self._test_truth
+        # A copy, so that the shuffles' scores of all sites are not kept.
+        scores, truth = fit.test_scores[:, 0].copy(), self._test_truth
         control = np.array(
             [
                 evaluate.auroc(fit.test_scores[:, s : s + 1], self.test_labels[:, s])[0]
@@ -265,17 +294,6 @@ class _Sweep:
             converged=fit.converged,
         )
 
-    def _selected_control(self, fits: Mapping[str, _SiteFit]) -> np.ndarray:
-        """Test AUROC of each shuffle at the site that its own folds choose: what choosing alone can reach."""
-        folds = np.stack([fit.fold_auroc for fit in fits.values()])  # [sites, 1 + shuffles]
-        tests = [fit.test_scores for fit in fits.values()]
-        return np.array(
-            [
-                evaluate.auroc(tests[int(np.argmax(folds[:, s]))][:, s : s + 1], self.test_labels[:, s])[0]
-                for s in range(1, folds.shape[1])
-            ]
-        )
-
     def _text_baseline(self) -> tuple[np.ndarray, float] | None:
         if not self.config.text_baseline or self.source.texts is None:
             return None
@@ -284,10 +302,20 @@ class _Sweep:
             self.source.texts, task.positive, self.source.units, self.folds, task.fit, task.test
         )
 
-    def _firing(self, site: str, fit: _SiteFit) -> Any:
+    def _firing(self, best: SiteResult) -> Any:
         truth = self.task.positive[self.task.fit]
+        read = self.room.reader(self.source, best.site, self.task, self.probe.name, self.probe.streams)
 
         def scores(rows: np.ndarray) -> np.ndarray:
-            return fit.probe.decision_function(self.source.vectors(site, rows))
+            x = read(rows)
+            if isinstance(x, StreamedRows):
+                normal = torch.from_numpy(best.probe.coef_.T).to(x.device)
+                return (x @ normal)[:, 0].cpu().numpy() + best.probe.intercept_[0]
+            return best.probe.decision_function(x)
 
-        return firing_rates(self.source, self.task, self.config, fit.out_of_fold, truth, scores)
+        return firing_rates(self.source, self.task, self.config, best.out_of_fold, truth, scores)
+
+
+def _flags(values: np.ndarray, design: Design) -> Tensor:
+    """Labels or masks `[n, k]` on the design's device; as bytes where the rows do not fit into memory."""
+    return torch.from_numpy(values).to(design.device, torch.float64 if design.held else torch.bool)

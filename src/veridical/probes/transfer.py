@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from veridical.activations import Activations
     from veridical.reporting.section import Section
 
-UNUSED = ("test_fraction", "shuffles", "holdout")
+UNUSED = ("test_fraction", "shuffles", "holdout", "memory_gb", "solve_on")
 """Options of `ProbeConfig` that mean nothing here."""
 
 
@@ -181,7 +181,7 @@ def transfer_matrix(
     for name in UNUSED:
         if name in options:
             raise DataError(
-                f"{name} means nothing to a transfer matrix: every row is judged by cross-fitting"
+                f"{name} means nothing to a transfer matrix: every row is judged by cross-fitting, in memory"
             )
     if target is not None:
         options["target"] = target

@@ -8,7 +8,7 @@ them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead l
 iterator or a running model (`stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
 vectors, `runs` is what comes back. `sweep_saes` in `sweep` cancels bad members early by the rules of
 `halving`, here or over a cluster (`ray_engine`); `tracking` sends figures to trackio or wandb.
-`latent_scaling` checks a crosscoder's exclusive latents.
+`exclusive` checks a crosscoder's exclusive latents.
 
 `saved` keeps an SAE as a SAELens folder, `formats` read those of other libraries. `evaluate` judges one on
 held-out rows (`held_out`) beside dictionaries that know nothing (`baselines`), and inside the model (`loss`,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from veridical.saes.config import SAEConfig
     from veridical.saes.evaluate import evaluate_sae
     from veridical.saes.evaluation import Evaluation, frontier
+    from veridical.saes.exclusive import LatentScaling, latent_scaling
     from veridical.saes.features import FeatureTable, feature_table
     from veridical.saes.formats import (
         from_dictionary_learning,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         push_sae,
         to_saelens,
     )
-    from veridical.saes.latent_scaling import LatentScaling, latent_scaling
     from veridical.saes.logit_effects import top_tokens
     from veridical.saes.mcc import Matching, match_features
     from veridical.saes.origin import SAEOrigin
@@ -56,7 +56,7 @@ _HOME = {
     "Absorption": "absorption",
     "Evaluation": "evaluation",
     "FeatureTable": "features",
-    "LatentScaling": "latent_scaling",
+    "LatentScaling": "exclusive",
     "Matching": "mcc",
     "SAEConfig": "config",
     "SAEOrigin": "origin",
@@ -73,7 +73,7 @@ _HOME = {
     "from_saelens": "formats",
     "from_sparsify": "formats",
     "frontier": "evaluation",
-    "latent_scaling": "latent_scaling",
+    "latent_scaling": "exclusive",
     "load_sae": "saved",
     "match_features": "mcc",
     "measure_absorption": "absorption",

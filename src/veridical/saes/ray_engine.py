@@ -72,10 +72,10 @@ def ray_sweep(
         shared = {"data": data, "sweep": sweep, "model": model, "read": read, "store": store}
         _check_sendable(ray, shared)
         began = time.monotonic()
-        _run_trials(ray, left, ledger, shared)
+        _run_trials(ray, left, ledger, shared, [_asked(plan, member) for member in left])
         plan.seconds = time.monotonic() - began
     for member in plan.members:
-        _collect(plan, member, ledger, stream)
+        _collect(plan, member, ledger)
     return plan.swept()
 
 
@@ -153,22 +153,28 @@ def _train_member(
     store: Path,
     configs: dict[str, SAEConfig],
     rungs: dict[str, tuple[int, ...]],
+    wanted: dict[str, dict[str, Any]],
 ) -> None:
-    """What a worker runs."""
+    """What a worker runs; its stream reads no other sites than its member's."""
     name = options["member"]
     config = configs[name]
     try:
         stream = stream_of(data, sweep, [config], model=model, read=read)
         training = _Trial(stream, config, sweep, rungs[name])
-        folder = Folder(store / TRIALS / name, asked(stream, sweep, [config]))
-        training.keep_in(folder, sweep.checkpoint_minutes * 60)
+        training.keep_in(Folder(store / TRIALS / name, wanted[name]), sweep.checkpoint_minutes * 60)
         training.track(sweep.tracker, sweep.project)
         training.go()
     except VeridicalError as error:  # trying again would not help
         _report({"refused": f"{name}: {error}"})
 
 
-def _run_trials(ray: Any, members: Sequence[Member], ledger: _Ledger, shared: dict[str, Any]) -> None:
+def _run_trials(
+    ray: Any,
+    members: Sequence[Member],
+    ledger: _Ledger,
+    shared: dict[str, Any],
+    wanted: Sequence[dict[str, Any]],
+) -> None:
     def stop(_: str, result: dict[str, Any]) -> bool:
         return "rung" in result and not ledger.goes_on(Arrival(**result["arrival"]), result["rung"])
 
@@ -183,6 +189,7 @@ def _run_trials(ray: Any, members: Sequence[Member], ledger: _Ledger, shared: di
             **shared,
             configs={member.name: _exact(member) for member in members},
             rungs={member.name: ledger.halving.rungs(member.name) for member in members},
+            wanted={member.name: one for member, one in zip(members, wanted)},
         )
         tuner = tune.Tuner(
             tune.with_resources(task, sweep.resources or {"cpu": 1, "gpu": gpus}),
@@ -219,10 +226,9 @@ def _run_trials(ray: Any, members: Sequence[Member], ledger: _Ledger, shared: di
         )
 
 
-def _collect(plan: _Sweep, member: Member, ledger: _Ledger, stream: Stream) -> None:
+def _collect(plan: _Sweep, member: Member, ledger: _Ledger) -> None:
     """Puts what became of a member into the plan's runs."""
-    store = ledger.path.parent
-    folder = Folder(store / TRIALS / member.name, asked(stream, plan.sweep, [_exact(member)]))
+    folder = Folder(ledger.path.parent / TRIALS / member.name, _asked(plan, member))
     reason = ledger.cancelled(member.name)
     if reason is None:
         plan.folder = folder
@@ -240,6 +246,11 @@ def _over(member: Member, ledger: _Ledger, store: Path) -> bool:
     """Whether a member is cancelled or trained to the end."""
     done = store / TRIALS / member.name / MEMBERS / f"{member.name}.json"
     return done.is_file() or ledger.cancelled(member.name) is not None
+
+
+def _asked(plan: _Sweep, member: Member) -> dict[str, Any]:
+    """What decides a member's numbers, for its own folder."""
+    return asked(plan.stream, plan.sweep, [_exact(member)])
 
 
 def _exact(member: Member) -> SAEConfig:

@@ -25,7 +25,7 @@ from veridical.progress import bar
 from veridical.provenance import fingerprint, provenance
 from veridical.saes.base import SAE, Loss
 from veridical.saes.checkpoint import Folder
-from veridical.saes.config import SAEConfig
+from veridical.saes.config import TRANSCODERS, SAEConfig
 from veridical.saes.group import Group, Member, shape_key
 from veridical.saes.kinds import kind
 from veridical.saes.measure import Figures, measure
@@ -281,7 +281,7 @@ class _Training:
 
     def _sites(self, config: SAEConfig) -> list[str]:
         """The stream's names of what a config reads: input and target, or a crosscoder's sites."""
-        if config.architecture == "transcoder" and not config.reads:
+        if config.architecture in TRANSCODERS and not config.reads:
             raise ConfigError(f"{config.label}: a transcoder needs site and target_site")
         return [self.stream.site(name) for name in config.reads or (None,)]
 
