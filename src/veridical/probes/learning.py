@@ -29,6 +29,7 @@ from veridical.probes.crossfit import fold_numbers
 from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows, site_name
 from veridical.probes.duplicates import without_copies
 from veridical.probes.evaluate import Estimate
+from veridical.probes.saved_result import Saved
 from veridical.probes.sweep import SELECTION_TOL, as_estimator, check_config, run_sweep
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 @dataclass(frozen=True, repr=False)
-class LearningCurve:
+class LearningCurve(Saved):
     """AUROC on the same held-out pairs by the number of fitted pairs.
 
     Attributes:
@@ -53,6 +54,7 @@ class LearningCurve:
         whole: AUROC of the probe of all fitted pairs, with its interval over held-out pairs.
         text: AUROC of the text alone, fitted on all those pairs; None without texts.
         counts: Fitted and held-out pairs, and held-out rows.
+        facts: Tokens, model and fingerprints.
         notes: What should be known about rows and texts.
     """
 
@@ -63,6 +65,7 @@ class LearningCurve:
     whole: Estimate
     text: Estimate | None
     counts: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
@@ -208,8 +211,7 @@ class _Curve:
         self.design = probe.space(source.vectors(site, task.fit))
         self.held = source.vectors(site, task.test)
         self.strengths = sorted(config.strengths) if probe.tuned else [1.0]
-        named = {name: getattr(probe, name) for name in probe.columns}
-        self.columns = {name: source.column(at)[task.fit] for name, at in named.items() if at is not None}
+        self.columns = probe.beside(source, task.fit)
 
     def run(self, sizes: list[int], repeats: int) -> LearningCurve:
         every = int(self.pairs.max()) + 1
@@ -242,6 +244,7 @@ class _Curve:
                 "test_pairs": len(np.unique(self.source.groups[self.task.test])),
                 "test_rows": len(self.task.test),
             },
+            facts=dict(self.source.facts),
             notes=tuple(self.source.notes),
         )
 
