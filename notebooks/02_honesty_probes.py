@@ -30,7 +30,7 @@ import veridical as vd
 plotly.io.renderers.default = "plotly_mimetype+notebook_connected"  # keeps this file small
 
 m = vd.load("tiny-liar")
-questions = vd.Pairs.load("honesty").filter(form="choice", phrasing_held_out=False)  # a third, to be quick
+questions = vd.Pairs.load("honesty").filter(phrasing_held_out=False)  # a part, to be quick
 pairs = vd.check_beliefs(m, questions)
 acts = vd.collect(m, pairs, sites="resid_post.*", tokens="prompt_last")
 acts
@@ -61,7 +61,8 @@ for finding in report.findings():
 # ## Other estimators
 #
 # All go through the same sweep: the same rows, folds and held-out pairs. The text alone and shuffled labels
-# stand beside each. Selectivity is the AUROC less that of shuffled labels, so it can be 0.5 at most.
+# stand beside each. Selectivity is the AUROC less that of shuffled labels; as an AUROC is 1 at most and that
+# of shuffled labels about 0.5, it is at most about 0.5.
 
 # %%
 told = ("instructed_to_lie=True", "known=True")
@@ -138,7 +139,7 @@ for finding in matrix.findings():
 # ## Does the model use what the probe reads?
 #
 # Reading is not using. Adding a direction of a third of the depth (later the answer is decided) and removing
-# it, beside random directions of the same length.
+# it, beside 19 random directions of the same length; so the least p that there can be is 0.05.
 
 # %%
 early = sweeps["logistic"].results[2].probe

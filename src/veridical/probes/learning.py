@@ -223,7 +223,7 @@ class _Curve:
                 members.append(chosen)
                 lines.append({"pairs": size, "rows": int(chosen.sum()), "draw": draw})
         used = np.stack(members, 1)  # [fit, draws]
-        chosen = self._choose(used)
+        chosen = self._choose(used, [line["draw"] for line in lines])
         scores = self._fit(used.astype(np.float64), np.array(self.strengths)[chosen])
         aurocs = evaluate.auroc(scores, self.held_truth)
         for line, at, auroc in zip(lines, chosen, aurocs):
@@ -261,12 +261,15 @@ class _Curve:
             place[alike] = (np.arange(len(alike)) + random.random()) / len(alike)
         return np.argsort(place, kind="stable")
 
-    def _choose(self, used: np.ndarray) -> np.ndarray:
-        """Strength of each draw, by the mean AUROC over folds of its own pairs, `[draws]` as numbers."""
+    def _choose(self, used: np.ndarray, order: list[int]) -> np.ndarray:
+        """Strength of each draw, by the mean AUROC over folds of its own pairs, `[draws]` as numbers.
+
+        The folds of a draw are dealt by its number within its size: all pairs, number 0, get a sweep's folds.
+        """
         draws, found = used.shape[1], np.full((len(self.strengths), used.shape[1]), 0.5)
         if len(self.strengths) == 1:
             return np.zeros(draws, dtype=int)
-        folds = [self._folds(used[:, draw], draw) for draw in range(draws)]
+        folds = [self._folds(used[:, draw], order[draw]) for draw in range(draws)]
         owner = np.concatenate([np.full(fold.max() + 1, draw) for draw, fold in enumerate(folds)])
         number = np.concatenate([np.arange(fold.max() + 1) for fold in folds])
         masks = np.stack([used[:, d] & (folds[d] != k) for d, k in zip(owner, number)], 1)
@@ -290,7 +293,9 @@ class _Curve:
         """Fold of each fitted row within one draw, `[fit]`; -1 outside it."""
         rows, number = np.flatnonzero(used), np.full(len(used), -1)
         count = min(self.config.folds, len(np.unique(self.pairs[rows])))
-        number[rows] = fold_numbers(self.pairs[rows], count, self.config.seed + draw, self.truth[rows])
+        # By name, not by number: names are what a sweep deals out, so that all pairs get its folds.
+        names = self.source.groups[self.task.fit][rows]
+        number[rows] = fold_numbers(names, count, self.config.seed + draw, self.truth[rows])
         return number
 
     def _fit(self, weights: np.ndarray, strengths: np.ndarray) -> np.ndarray:
