@@ -315,8 +315,6 @@ def foreign(tmp_path_factory):
         "encoder.weight": sae.W_enc, "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.T,
         "b_dec": sae.b_dec, "k": torch.tensor(4), "threshold": torch.tensor(-1.0),
     }  # fmt: skip
-    assert norms.min() > 0
-    assert bias.shape == (64,)
     torch.save(
         {name: value.detach().clone() for name, value in theirs.items()}, root / "dictionary" / "ae.pt"
     )
