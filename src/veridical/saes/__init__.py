@@ -5,7 +5,7 @@ a penalty for active latents; `topk`, `batch_topk`, `matryoshka`, `transcoder`, 
 them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead latents.
 
 `train_saes` in `trainer` steps members of like shape as one (`group`), over vectors from a store, tensors, an
-iterator or a running model (`stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
+iterator (`stream`) or a running model (`model_stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
 vectors, `runs` is what comes back. `exclusive` checks a crosscoder's exclusive latents.
 
 `saved` keeps an SAE as a SAELens folder, `formats` read those of other libraries. `evaluate` judges one on
