@@ -5,8 +5,8 @@ a penalty for active latents; `topk`, `batch_topk`, `matryoshka`, `transcoder`, 
 them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead latents.
 
 `train_saes` in `trainer` steps members of like shape as one (`group`), over vectors from a store, tensors, an
-iterator (`stream`) or a running model (`model_stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
-vectors, `runs` is what comes back. `exclusive` checks a crosscoder's exclusive latents.
+iterator (`stream`) or a running model (`model_stream`), with exact resume (`checkpoint`); `measure` gives
+figures on held-out vectors, `runs` is what comes back. `exclusive` checks a crosscoder's exclusive latents.
 
 `saved` keeps an SAE as a SAELens folder, `formats` read those of other libraries. `evaluate` judges one on
 held-out rows (`held_out`) beside dictionaries that know nothing (`baselines`), and inside the model (`loss`,
