@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench organism notebooks wheel clean
+.PHONY: demo test lint bench organism probes notebooks wheel clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded organism; writes demo/report.html
 	$(BIN)/veridical demo --out demo
@@ -25,6 +25,12 @@ bench: $(VENV)/.installed-dev  ## speed against peers; rewrites the tables in te
 
 organism: $(VENV)/.installed  ## trains data/tiny-liar again from nothing (under an hour on 2 cores)
 	$(BIN)/python -m veridical.organisms.make tiny-liar --out data/tiny-liar
+
+probes: $(VENV)/.installed  ## fits the probes of probes/tiny-liar again, by their recipes
+	for recipe in honest_lying lying_contrast lying_answers; do \
+	  $(BIN)/veridical probe --config probes/recipes/$$recipe.yaml --keep probes/tiny-liar/lied || exit; done
+	for recipe in toxic safe; do \
+	  $(BIN)/veridical probe --config probes/recipes/$$recipe.yaml --keep probes/tiny-liar/$$recipe || exit; done
 
 notebooks: $(VENV)/.installed-dev  ## executes notebooks/*.py into the .ipynb beside them
 	$(BIN)/python tests/test_notebooks.py

@@ -159,7 +159,7 @@ def test_a_verb_has_every_option_of_the_api_it_stands_on():
         (["probe", "eval"], "probe eval needs the folder of a saved probe"),
         (["probe", "eval", "nowhere", "--model", "m"], "probe eval needs --data"),
         (["probe", "eval", "nowhere", "--model", "m", "--data", "d"], "no config.json in nowhere"),
-        (["probe", "transfer", "--model", "m", "--data", "a"], "or one with --by COLUMN"),
+        (["probe", "transfer", "--model", "m", "--data", "a"], "one --data with --by COLUMN"),
         (["probe", "monitor", "nowhere"], "probe monitor needs --model"),
         (["collect", "--data", "d"], "collect needs --model"),
         (["probe", "--model", "m", "--data", "d", "--limit", "0"], "expected at least one pair"),

@@ -10,6 +10,7 @@ import jupytext
 import nbclient
 import nbformat
 import pytest
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -18,8 +19,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     """The notebook with its outputs, run with `folder` as its working folder; progress bars are left out."""
     notebook = jupytext.read(path)
+    # A kernel that is talked to in the clear warns that others on the machine may listen in.
     client = nbclient.NotebookClient(
-        notebook, timeout=1800, record_timing=False, resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=1800,
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+        config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )
     client.execute()
     return without_bars(notebook)

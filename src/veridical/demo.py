@@ -18,7 +18,7 @@ from veridical.examples import one_of_each, token_section
 from veridical.files import write_json
 from veridical.provenance import provenance
 from veridical.reporting import Section, report
-from veridical.running import check_beliefs_into, sweep_metrics
+from veridical.running import check_beliefs_into, save_below, sweep_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,6 +94,7 @@ def run_demo(
     from veridical import Pairs, load
     from veridical.probes.causal import causal_check
     from veridical.probes.honesty import honesty_protocol
+    from veridical.probes.learning import learning_curve
 
     start, out = time.perf_counter(), Path(out)
     with step(f"loading {model}"):
@@ -108,11 +109,14 @@ def run_demo(
     with step("lying: activations at every layer, probes"):
         options = {"target": "lied", "where": ("instructed_to_lie=True",)}
         acts, sweeps["lying"] = sweep_into(out, "lying", m, pairs, "prompt_last", progress, **options)
-    calibrated = sweeps["lying"].calibration().report_section()
-    dataclasses.replace(calibrated, headline=()).save(out / "lying-calibration")
+    save_below(sweeps["lying"].calibration(), out / "lying-calibration")
+    with step("lying: how many pairs does a probe need?"):
+        curve = learning_curve(acts, site=sweeps["lying"].best_site, progress=progress, **options)
+        save_below(curve, out / "lying-learning")
+        log.info("  %s", curve)
     with step("lying: apart from the instruction, on prompts and scenarios that were held out"):
         protocol = honesty_protocol(acts, progress=progress)
-        protocol.report_section().save(out / "lying-protocol")
+        protocol.save(out / "lying-protocol")
         log.info("  %s", protocol)
     results = sweeps["lying"].results
     direction = results[int(CAUSAL_DEPTH * len(results))].probe
@@ -120,7 +124,7 @@ def run_demo(
         causal = causal_check(
             m, direction, causal_rows(pairs), strengths=(-4, 4), random=19, progress=progress
         )
-        dataclasses.replace(causal.report_section(), headline=()).save(out / "lying-causal")
+        save_below(causal, out / "lying-causal")
         log.info("  %s", causal)
     with step("toxic: activations, probes"):
         _, sweeps["toxic"] = sweep_into(out, "toxic", m, Pairs.load(toxic), "last", progress)

@@ -1,8 +1,9 @@
-"""What `veridical ls` shows: embedded models and pairs, and the probes, stores and runs in a folder."""
+"""What `veridical ls` shows: embedded models and pairs; probes, erasers, results and runs in a folder."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def listing(folder: Path) -> str:
     except StoreError as error:  # a copy of the package without its data can still list a folder
         inside = [f"  {error}"]
     lines = ["Embedded (use the name as --model or --data)", *inside, "", f"In {folder}"]
-    return "\n".join([*lines, *(_aligned(here) if here else ["  no probe, store or run"])])
+    return "\n".join([*lines, *(_aligned(here) if here else ["  no probe, eraser, store or run"])])
 
 
 def embedded() -> Iterator[Item]:
@@ -57,7 +58,7 @@ def embedded() -> Iterator[Item]:
 
 
 def found(folder: Path) -> Iterator[Item]:
-    """Probes, stores and runs in `folder`, at most four levels deep."""
+    """Probes, erasers, stores, results and runs in `folder`, at most four levels deep."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
         depth = len(here.relative_to(folder).parts)
@@ -76,8 +77,12 @@ def _item(here: Path, names: set[str]) -> Item | None:
     if "manifest.json" in names:
         return _store(here)
     if {"config.json", "weights.safetensors"} <= names:
-        return _probe(here)
-    if {"config.json", "provenance.json", "section.json"} <= names:
+        return _fitted(here)
+    if {"result.json", "section.json"} <= names:
+        return _result(here, str(read_json(here / "result.json")["kind"]))
+    if {"sweep.json", "section.json"} <= names:
+        return _result(here, "Sweep")
+    if {"config.json", "provenance.json", "metrics.json"} <= names:
         return _run(here)
     return None
 
@@ -91,26 +96,39 @@ def _store(here: Path) -> Item | None:
     return Item(str(here), "store", _size(here), said)
 
 
-def _probe(here: Path) -> Item | None:
+def _fitted(here: Path) -> Item | None:
+    """A probe with its label, site, estimator and AUROC, or an eraser with how much it takes out."""
     config = read_json(here / "config.json")
     if "origin" not in config:
         return None
     origin = config["origin"]
-    metrics = read_json(here / "metrics.json").get("metrics", {})
     said = [part for part in (origin.get("target"), origin.get("site")) if part]
-    if "auroc" in metrics:
+    if "eraser" in config:
+        said += [str(config["eraser"]), f"{config['rank']} of {config['n_features']} dimensions"]
+        return Item(str(here), "eraser", _size(here), ", ".join(said))
+    metrics = read_json(here / "metrics.json").get("metrics", {})
+    said.append(str(config["kind"]))
+    if metrics.get("auroc") is not None:
         said.append(f"AUROC {metrics['auroc']:.3f}")
     return Item(str(here), "probe", _size(here), ", ".join(said))
+
+
+def _result(here: Path, kind: str) -> Item:
+    """A result with its first figure, or its title where that stands elsewhere on the page."""
+    section = read_json(here / "section.json")
+    heads = section.get("headline", ())
+    said = f"{heads[0][0]}: {heads[0][1]}" if heads else str(section["title"])
+    return Item(str(here), re.sub(r"(?<!^)(?=[A-Z])", " ", kind).lower(), _size(here), said)
 
 
 def _run(here: Path) -> Item:
     facts = read_json(here / "provenance.json")
     sections = [here / "section.json", *sorted(here.glob("*/section.json"))]
-    heads = [head for file in sections for head in read_json(file).get("headline", ())]
+    heads = [head for file in sections if file.is_file() for head in read_json(file).get("headline", ())]
     said = (
         f"{heads[0][0]}: {heads[0][1]}" if heads else f"{facts.get('model', '')} on {facts.get('data', '')}"
     )
-    return Item(str(here), f"run ({facts['verb']})" if "verb" in facts else "sweep", _size(here), said)
+    return Item(str(here), f"run ({facts['verb']})" if "verb" in facts else "run", _size(here), said)
 
 
 def _model_figure(config: dict[str, Any]) -> str:

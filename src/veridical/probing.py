@@ -1,4 +1,4 @@
-"""What the further jobs of `veridical probe` do with probes that were saved: judge, transfer, monitor."""
+"""What the further jobs of `veridical probe` do with probes: judge saved ones, transfer, monitor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from veridical.running import (
     records,
     wants_beliefs,
 )
-from veridical.verbs import ProbeEvalVerb, ProbeMonitorVerb, ProbeTransferVerb, ProbeVerb
+from veridical.verbs import ProbeEvalVerb, ProbeMonitorVerb, ProbeTransferVerb, Probing
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -42,6 +42,10 @@ away."""
 TRANSFER = """\
 A probe that holds on its own data and nowhere else has read the data set. Rows are what a probe was fitted \
 on, columns what it was tested on."""
+MOVED = """\
+Both models read the same rows. A map between their activations is fitted without a label, and the first \
+model's probe is read through it in the second. What it reaches there stands beside the second model's own \
+probe, beside maps that were fitted on shuffled pairs, and beside the text alone."""
 MONITOR = """\
 A probe that runs while the model reads and answers. Its score at a token is the log-odds of its label \
 there; the threshold was set when it was fitted, on data like those: on other prompts, measure again."""
@@ -63,7 +67,7 @@ def evaluate(options: ProbeEvalVerb) -> Path:
     with step("data"):
         pairs = load_pairs(options, options.seed)
     origin = probe.origin_
-    wanted = ProbeVerb(
+    wanted = Probing(
         model=options.model,
         data=options.data,
         target=options.target or origin.target or "label",
@@ -78,7 +82,7 @@ def evaluate(options: ProbeEvalVerb) -> Path:
             probe, acts, target=wanted.target, where=wanted.where, force=options.force,
             bootstrap=options.bootstrap, seed=options.seed,
         )  # fmt: skip
-    judged.report_section().save(out / "judged")
+    judged.save(out / "judged")
     keep(out, options, model, pairs, metrics={"figures": records(judged.to_frame()), **judged.counts})
     log.info("%s", judged)
     said_where(report(out, out / "report.html", title=f"A saved probe on {pairs.name}", intro=EVAL))
@@ -91,11 +95,14 @@ def transfer(options: ProbeTransferVerb) -> Path:
 
     options.require("probe transfer")
     names = [name.strip() for name in str(options.data).split(",") if name.strip()]
-    if (len(names) < 2) == (options.by is None):
+    if (len(names) > 1) + (options.by is not None) + (options.to_model is not None) != 1:
         raise ConfigError(
-            "probe transfer needs two or more --data separated by commas, or one with --by COLUMN"
+            "probe transfer needs one of these: two or more --data separated by commas, one --data with --by "
+            "COLUMN, or one --data with --to-model PATH"
         )
     out = options.out or folder_for("probe-transfer", options)
+    if options.to_model is not None:
+        return _moved(out, options)
     with step("model"):
         model = load_model(options)
     sets: dict[str, Activations] = {}
@@ -109,13 +116,45 @@ def transfer(options: ProbeTransferVerb) -> Path:
         config = part(ProbeConfig, options)
         acts: Any = sets if options.by is None else next(iter(sets.values()))
         matrix = transfer_matrix(acts, config, by=options.by, probe=options.estimator)
-    matrix.report_section().save(out / "transfer")
+    matrix.save(out / "transfer")
     write_json(out / "config.json", to_dict(options))
     facts = {"verb": "probe transfer", "model": str(model.path), "model_fingerprint": model.fingerprint()}
     write_json(out / "provenance.json", provenance(**facts, data=names, seed=options.seed))
     write_json(out / "metrics.json", {"cells": records(matrix.to_frame())})
     log.info("%s", matrix)
     said_where(report(out, out / "report.html", title="Transfer of probes", intro=TRANSFER))
+    return out
+
+
+def _moved(out: Path, options: ProbeTransferVerb) -> Path:
+    """A probe moved to another model through activations of the same rows."""
+    from veridical.probes.model_transfer import transfer_to
+
+    sites = options.to_sites or options.sites
+    # A store that is named is of the first model.
+    second = replace(options, model=options.to_model, sites=sites, store=None)
+    acts: list[Activations] = []
+    prints: list[str] = []
+    for place, one in ((out, options), (out / "to", second)):
+        with step(f"model: {one.model}"):
+            model = load_model(one)
+        with step("data"):
+            pairs = load_pairs(one, one.seed)
+        prints.append(model.fingerprint())
+        acts.append(_labelled(place, model, pairs, one))
+    with step("probes"):
+        config = part(ProbeConfig, options)
+        moved = transfer_to(acts[0], acts[1], config, method=options.method, probe=options.estimator)
+    moved.save(out / "transfer")
+    write_json(out / "config.json", to_dict(options))
+    facts = {"verb": "probe transfer", "model": str(options.model), "model_fingerprint": prints[0]}
+    facts |= {"to_model": str(options.to_model), "to_model_fingerprint": prints[1], "data": options.data}
+    write_json(out / "provenance.json", provenance(**facts, seed=options.seed))
+    write_json(out / "metrics.json", {"figures": records(moved.to_frame()), "fit": moved.fit})
+    log.info("%s", moved)
+    log.info("moved probe: %s", out / "transfer" / "probe")
+    title = f"A probe for {options.target} moved to another model"
+    said_where(report(out, out / "report.html", title=title, intro=MOVED))
     return out
 
 
@@ -151,7 +190,7 @@ def monitor(options: ProbeMonitorVerb) -> Path:
     return out
 
 
-def _labelled(out: Path, model: HookedModel, pairs: Pairs, options: ProbeVerb) -> Activations:
+def _labelled(out: Path, model: HookedModel, pairs: Pairs, options: Probing) -> Activations:
     """The activations of the pairs, with the labels of belief where they are asked for."""
     log.info("  %s", pairs)
     check_columns(options, pairs)

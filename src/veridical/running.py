@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import re
@@ -10,14 +11,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from veridical.config import BeliefConfig, CollectConfig, ProbeConfig, build, to_dict
+from veridical.config import BeliefConfig, CollectConfig, build, to_dict
 from veridical.console import said_where, step
 from veridical.errors import ConfigError, unknown
-from veridical.examples import one_of_each, token_section
 from veridical.files import read_json, write_json
 from veridical.provenance import fingerprint, provenance
-from veridical.reporting import Section, report
-from veridical.verbs import CollectVerb, DemoVerb, Inputs, LsVerb, ProbeVerb, ReportVerb
+from veridical.reporting import report
+from veridical.verbs import VERBS, CollectVerb, DemoVerb, Inputs, LsVerb, Probing, ReportVerb
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,62 +26,15 @@ if TYPE_CHECKING:
     from veridical.models import HookedModel
     from veridical.pairs import Pairs
     from veridical.probes import ProbeSweep
-    from veridical.probes.honesty_report import HonestyReport
+    from veridical.probes.saved_result import Saved
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config")
 
 BELIEF_LABELS = frozenset({"believed", "known", "lied", "refused_to_lie", "confused"})
-INTRO = """\
-A probe is a linear classifier on a model's activations. AUROC is the chance that it scores a random \
-positive above a random negative: 0.5 is chance, 1 is perfect. Every figure is measured on pairs that no \
-probe was fitted on, and stands beside what the text alone gives away and what shuffled labels give."""
-TOKENS = "The best probe at every token of two rows that were held out, one of each class."
 
 
 # The verbs
-
-
-def probe(options: ProbeVerb) -> Path:
-    """Pairs, beliefs if needed, activations, probes, report; returns the folder."""
-    options.require("probe")
-    out = options.out or folder_for("probe", options)
-    with step("model"):
-        model = load_model(options)
-    with step("data"):
-        pairs = load_pairs(options, options.seed)
-    log.info("  %s", pairs)
-    check_columns(options, pairs)
-    sections: dict[str, Section | None] = {}
-    if wants_beliefs(options, pairs):
-        with step("beliefs"):
-            pairs = check_beliefs_into(out / "beliefs", model, pairs, part(BeliefConfig, options))
-    cut = said_cut(model, pairs, options)
-    with step("activations"):
-        acts = collect_into(options.store or out / "activations", model, pairs, options)
-    with step("probes"):
-        sweep = fit(acts, options)
-    sweep.save(out / "sweep")
-    sections["sweep"] = sweep.report_section()
-    sections["calibration"] = replace(sweep.calibration().report_section(), headline=())
-    if options.target == "lied":
-        with step("honesty protocol"):
-            sections["honesty"] = honesty_of(acts, options).report_section()
-    sections["tokens"] = tokens_of(model, sweep, acts, pairs)
-    sections["data"] = replace(pairs.report_section(), headline=())
-    sections["activations"] = replace(acts.report_section(), headline=())
-
-    for name, section in sections.items():
-        if section is not None:
-            section.save(out / name)
-    overview(model, pairs, options, cut).save(out)
-    keep(out, options, model, pairs, metrics=sweep_metrics(sweep))
-    title = f"Probes for {options.target}: {_short(model.path)} on {pairs.name}"
-    page = report(out, out / "report.html", title=title, intro=INTRO)
-    log.info("%s", sweep)
-    log.info("best probe: %s", out / "sweep" / "best")
-    said_where(page)
-    return out
 
 
 def collect(options: CollectVerb) -> Path:
@@ -135,13 +88,11 @@ def demo(options: DemoVerb) -> Path:
     return page
 
 
-def saved_probe(job: str) -> Callable[[Any], Path]:
-    """A job of `veridical probe` on saved probes; imported when it is run."""
+def job(module: str, name: str) -> Callable[[Any], Path]:
+    """A job of another module; imported when it is run."""
 
     def run(options: Any) -> Path:
-        from veridical import probing
-
-        return getattr(probing, job)(options)
+        return getattr(importlib.import_module(f"veridical.{module}"), name)(options)
 
     return run
 
@@ -149,10 +100,10 @@ def saved_probe(job: str) -> Callable[[Any], Path]:
 RUN: dict[str, Callable[[Any], Any]] = {
     "demo": demo,
     "collect": collect,
-    "probe": probe,
-    "probe eval": saved_probe("evaluate"),
-    "probe transfer": saved_probe("transfer"),
-    "probe monitor": saved_probe("monitor"),
+    "probe": job("fitting", "fit"),
+    "probe eval": job("probing", "evaluate"),
+    "probe transfer": job("probing", "transfer"),
+    "probe monitor": job("probing", "monitor"),
     "report": assemble,
     "ls": ls,
 }
@@ -212,7 +163,7 @@ def check_beliefs_into(folder: Path, model: HookedModel, pairs: Pairs, config: B
     return checked
 
 
-def check_columns(options: ProbeVerb, pairs: Pairs) -> None:
+def check_columns(options: Probing, pairs: Pairs) -> None:
     """Refuses a target or a condition on a column that the data won't have, before anything costs time.
 
     Raises:
@@ -235,23 +186,6 @@ def collect_into(folder: Path, model: HookedModel, pairs: Pairs, options: Collec
     return collect(model, pairs, build(CollectConfig, config, store=folder, tokens=tokens, sites=names))
 
 
-def fit(acts: Activations, options: ProbeVerb) -> ProbeSweep:
-    """Probes at every site."""
-    from veridical.probes import fit_probes
-
-    return fit_probes(acts, part(ProbeConfig, options), probe=options.estimator)
-
-
-def honesty_of(acts: Activations, options: ProbeVerb) -> HonestyReport:
-    """The lying and the instruction probe side by side, fitted and judged as the options say."""
-    from veridical.probes.honesty import honesty_protocol
-
-    shared = {
-        name: getattr(options, name) for name in ("folds", "strengths", "bootstrap", "seed", "progress")
-    }
-    return honesty_protocol(acts, probe=options.estimator, **shared)
-
-
 def part(cls: type[Config], options: Any) -> Config:
     """The fields of a verb that belong to the API's config `cls`."""
     return build(cls, **{field.name: getattr(options, field.name) for field in fields(cls)})  # type: ignore[arg-type]
@@ -265,7 +199,7 @@ def keep(
 ) -> dict[str, Any]:
     """Writes config.json, provenance.json and metrics.json into `folder`; returns the facts of the run."""
     facts = {
-        "verb": type(options).__name__.removesuffix("Verb").lower(),
+        "verb": next(name for name, cls in VERBS.items() if cls is type(options)),
         "model": str(model.path),
         "model_fingerprint": model.fingerprint(),
         "data": pairs.name,
@@ -278,6 +212,12 @@ def keep(
     return facts
 
 
+def save_below(result: Saved, folder: Path) -> None:
+    """Saves a result whose figure does not belong at the top of the page."""
+    result.save(folder)
+    replace(result.report_section(), headline=()).save(folder)
+
+
 def sweep_metrics(sweep: ProbeSweep) -> dict[str, Any]:
     """The figures of the site that the folds chose, and of every site, as JSON values."""
     return {"best_site": sweep.best_site, "best": sweep.metrics, "sites": records(sweep.to_frame())}
@@ -286,23 +226,6 @@ def sweep_metrics(sweep: ProbeSweep) -> dict[str, Any]:
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as JSON values; what is not a number becomes null."""
     return json.loads(str(frame.reset_index(drop=True).to_json(orient="records")))
-
-
-def overview(model: HookedModel, pairs: Pairs, options: ProbeVerb, cut: str) -> Section:
-    """What was run on what, in a few sentences."""
-    condition = f", on rows where {' and '.join(options.where)}" if options.where else ""
-    text = (
-        f"Column {options.target} of {pairs.name} ({len(pairs):,} rows) is predicted from {options.sites} "
-        f"of {model.path}, a model with {model.n_layers} layers of width {model.d_model}. Token selection: "
-        f"{options.tokens}{condition}."
-    )
-    return Section(title="What was run", text=f"{text}\n\n{cut}" if cut else text)
-
-
-def tokens_of(model: HookedModel, sweep: ProbeSweep, acts: Activations, pairs: Pairs) -> Section | None:
-    """The best probe over two rows that were held out, one of each class."""
-    rows = one_of_each(acts, sweep.config, pairs.texts)
-    return token_section(model, sweep.best(), pairs, rows, TOKENS)
 
 
 def said_cut(model: HookedModel, pairs: Pairs, options: CollectConfig) -> str:
@@ -340,24 +263,24 @@ def _lasting(config: BeliefConfig) -> dict[str, Any]:
     }
 
 
-def wants_beliefs(options: ProbeVerb, pairs: Pairs) -> bool:
+def wants_beliefs(options: Probing, pairs: Pairs) -> bool:
     """Whether the belief check has to run: asked for, or needed by a column that the data lack."""
     if options.beliefs is not None:
         return options.beliefs
     return bool((_asked(options) & BELIEF_LABELS) - set(pairs.columns))
 
 
-def _asked(options: ProbeVerb) -> set[str]:
+def _asked(options: Probing) -> set[str]:
     """The columns that the target and the conditions name."""
     return {options.target, *(re.split(r"[=!<>]", condition)[0].strip() for condition in options.where)}
 
 
 def folder_for(verb: str, options: Inputs) -> Path:
     """Where a run writes when nothing is said."""
-    return Path("runs") / f"{verb}-{_short(str(options.model))}-{_short(str(options.data))}"
+    return Path("runs") / f"{verb}-{short(str(options.model))}-{short(str(options.data))}"
 
 
-def _short(name: object) -> str:
+def short(name: object) -> str:
     """The last part of a path or hub name, safe for a folder name."""
     last = Path(str(name)).name
     stem = Path(last).stem if re.search(r"\.(csv|tsv|jsonl?|parquet|gz|txt)$", last) else last

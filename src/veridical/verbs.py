@@ -72,20 +72,12 @@ class CollectVerb(CollectConfig, Inputs):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProbeVerb(ProbeConfig, CollectConfig, BeliefConfig, Inputs):
-    """Fits probes for a label at every site of a model, with controls, and writes a report.
-
-    Example: veridical probe --model Qwen/Qwen3-0.6B --data TruthfulQA.csv --tokens answer --limit 200
-
-    Loads the pairs, collects activations into OUT/activations (a stopped run goes on), fits and judges
-    the probes, and writes OUT/report.html. --config recipe.yaml gives options by name; flags win.
-    `veridical probe fit` is the same; `probe eval`, `probe transfer` and `probe monitor` use what it saved.
-    """
+class Probing(ProbeConfig, CollectConfig, BeliefConfig, Inputs):
+    """What every job that fits probes takes."""
 
     estimator: str = "logistic"
     """Estimator: logistic, ridge, mass_mean, lda, lat, ccs, ttpd; over sequences of tokens: mean_tokens,
-    max_tokens, rolling, attention, mil."""
-
+    max_tokens, rolling, attention, mil. Parameters follow after colons (ttpd:polarity=negated)."""
     out: OutFolder = None
     """Folder for everything the run writes; runs/probe-MODEL-DATA when not given."""
     store: Path | None = None
@@ -94,6 +86,28 @@ class ProbeVerb(ProbeConfig, CollectConfig, BeliefConfig, Inputs):
     """Check first what the model believes and where it lies; by default when a label of that is asked for."""
     on_long: Literal["error", "truncate"] = "truncate"
     """What to do with a prompt over max_length; how many rows were cut is said."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProbeVerb(Probing):
+    """Fits probes for a label at every site of a model, with controls, and writes a report.
+
+    Example: veridical probe --model Qwen/Qwen3-0.6B --data TruthfulQA.csv --tokens answer --limit 200
+
+    Loads the pairs, collects activations into OUT/activations (a stopped run goes on), fits and judges
+    the probes, and writes OUT/report.html. --config recipe.yaml gives options by name; flags win. Several
+    estimators, separated by commas, are fitted on the same rows and compared. `veridical probe fit` is the
+    same; `probe eval`, `probe transfer` and `probe monitor` use what it saved.
+    """
+
+    learning_curve: bool = True
+    """Put the learning curve at the chosen site (first estimator) into the report. On by default: its draws
+    cost about what three to five sites of the sweep cost, and say whether more pairs would help."""
+    honesty: bool = True
+    """With the target lied, fit the lying and the instruction probe side by side (the honesty protocol)."""
+    keep: Path | None = None
+    """Folder that the best probe is also saved into: KEEP of logistic, KEEP-NAME of another estimator; of the
+    honesty protocol, KEEP-monitor is the probe that had honest answers and confusion among its negatives."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -122,16 +136,25 @@ class ProbeEvalVerb(Inputs):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ProbeTransferVerb(ProbeVerb):
-    """Fits a probe on each of several data sets, or on each part of one, and tests it on all.
+class ProbeTransferVerb(Probing):
+    """Tests probes elsewhere: on other data sets, on other parts of one, or moved to another model.
 
     Example: veridical probe transfer --model tiny-liar --data honesty --by form --target lied
 
-    --data takes several names or files separated by commas; --by splits one data set by a column.
+    --data takes several names or files separated by commas; --by splits one data set by a column. With
+    --to-model, both models read the one --data, and the probe of --model is moved to the other through a map
+    between their activations that is fitted without labels; beside it stand the other's own probe, maps
+    fitted on shuffled pairs, and the text alone.
     """
 
     by: str | None = None
     """Label column by whose values one data set is split."""
+    to_model: str | None = None
+    """Second model, to which the probe is moved."""
+    to_sites: str | None = None
+    """Sites of the second model; the same names as --sites when not given."""
+    method: Literal["ridge", "procrustes"] = "ridge"
+    """How the map between two models is fitted: ridge predicts, procrustes only turns and scales."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -181,8 +181,10 @@ def bench_eight(peers: dict[str, type], options: argparse.Namespace) -> dict[str
         ids = torch.arange(count).view(-1, length)
         store = Path(folder) / "store"
         acts = vd.collect(table_model(table), ids, sites="resid_post.0", tokens="all", store=store)
+        vd.train_saes(table[: 4 * BATCH], configs[0], progress=False)  # imports count for nobody
         seconds = {"ours": timed(lambda: vd.train_saes(acts, configs, holdout=0.01, progress=False))}
     if "SAELens" in peers:
+        saelens_alone(table[: 4 * BATCH], configs[0])
         seconds["SAELens, one after the other"] = sum(
             timed(lambda config=config: saelens_alone(table, config)) for config in configs
         )

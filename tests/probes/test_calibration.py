@@ -111,7 +111,7 @@ def test_the_chosen_probe_carries_its_curve_and_thresholds_also_when_saved(sweep
     np.testing.assert_allclose(calibration.calibrated_proba(loaded, x), expected, rtol=1e-12)
     card = (tmp_path / "probe" / "README.md").read_text()
     assert "calibrated probability (Platt)" in card
-    assert "1 % false positives on the fitted pairs" in card
+    assert "1 % false positives (out of fold)" in card
 
 
 def test_a_loaded_sweep_gives_the_same_calibration(sweep, tmp_path):

@@ -88,13 +88,16 @@ def test_selectivity_stands_in_table_verdict_card_and_file(planted, quick, tmp_p
     assert frame.loc["signal", "selectivity"] == pytest.approx(expected)
     assert {"random_direction_auroc", "random_direction_auroc_p95"} <= set(frame)
     said = " ".join(sweep.findings())
-    assert "Selectivity" in said
+    most = 1 - sweep["signal"].control.mean()
+    assert f"the most that it could be here, with an AUROC of 1, is {most:.3f}" in said
+    assert frame.loc["signal", "selectivity"] <= most
+    assert "at most about 0.5" in sweep.report_section().text
     assert "labels permuted over pairs" in said
     loaded = vd.ProbeSweep.load(sweep.save(tmp_path / "sweep"))
     pd.testing.assert_frame_equal(loaded.to_frame(), sweep.to_frame())
     card = (tmp_path / "sweep" / "best" / "README.md").read_text()
-    assert "selectivity (95 % interval by pair)" in card
-    assert "random direction auroc" in card
+    assert f"| selectivity (at most {most:.3f}: an AUROC of 1 less that of shuffled labels) |" in card
+    assert "| random directions |" in card
     names = {trace.name for trace in loaded.figure().data}
     assert "random directions, 95 % below" in names
 

@@ -7,9 +7,9 @@ from sklearn.base import clone
 from sklearn.utils.estimator_checks import check_estimator
 
 import veridical as vd
-from veridical.errors import UnknownNameError
+from veridical.errors import InputError, UnknownNameError
 from veridical.probes.base import Problems
-from veridical.probes.kinds import kind
+from veridical.probes.kinds import estimator, kind
 from veridical.probes.solver import Design
 
 NAMES = ("logistic", "ridge", "mass_mean", "lda", "lat", "ccs", "ttpd")
@@ -256,6 +256,16 @@ def test_a_sweep_hands_the_named_columns_over(planted, quick):
         misnamed = clone(probe).set_params(**{probe.columns[0]: "fom"})
         with pytest.raises(UnknownNameError, match="unknown column 'fom'; nearest: form"):
             vd.fit_probes(data.acts, probe=misnamed, target="label", rows=rows, **quick)
+
+
+def test_parameters_follow_the_name_after_colons():
+    made = estimator("ridge:C=0.5:standardise=false")
+    assert (made.name, made.C, made.standardise) == ("ridge", 0.5, False)
+    assert estimator("ttpd:polarity=null").polarity is None
+    assert estimator("lda").get_params() == kind("lda")().get_params()
+    for said, error in (("lda:Z=1", "unknown parameter of lda 'Z'"), ("lda:C", "expected PARAMETER=VALUE")):
+        with pytest.raises(InputError, match=error):
+            estimator(said)
 
 
 def test_an_unknown_kind_names_the_nearest():

@@ -43,6 +43,24 @@ def test_more_pairs_help_and_the_last_point_is_the_sweep(data):
     assert frame["auroc"].iloc[-1] == found.whole.value
 
 
+def test_all_pairs_get_the_strength_and_figure_of_the_sweep(planted):
+    """Pairs are named so that their order by name is not that by number, and strengths are close in worth."""
+    data = planted(pairs=120, width=40, distance=1.2)
+    names = np.array([f"entity {pair}" for pair in data.pairs])
+    for seed in range(6):
+        given = {
+            "target": data.labels,
+            "groups": names,
+            "seed": seed,
+            "progress": False,
+            "text_baseline": False,
+        }
+        found = learning_curve(data.acts, sizes=(10, 20), repeats=3, site="signal", **given)
+        sweep = vd.fit_probes(data.acts, shuffles=0, **given)
+        assert found.draws["C"].iloc[-1] == sweep["signal"].probe.C
+        assert found.whole == sweep["signal"].metrics["auroc"]
+
+
 def test_draws_equal_plain_fits_on_their_pairs(data, monkeypatch):
     """Recover the drawn pairs, fit each with the strength that was chosen, and compare."""
     from veridical.probes import learning

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 import veridical as vd
+from veridical import files
 from veridical.errors import DamagedFileError, DataError, DiskFullError, InputError
 from veridical.probes import LogisticProbe
-from veridical.probes import saved as saved_files
 from veridical.reporting.section import Section
 
 
@@ -73,13 +73,31 @@ def test_the_folder_holds_what_a_reader_needs(folder):
     names = {path.name for path in folder.iterdir()}
     assert names == {"weights.safetensors", "config.json", "metrics.json", "provenance.json", "README.md"}
     card = (folder / "README.md").read_text()
-    for said in ("`lied`", "`signal`", "model fingerprint", "auroc (95 % interval by pair)", "text auroc"):
+    for said in ("`lied`", "`signal`", "model fingerprint", "not that the model uses it"):
         assert said in card
-    assert "shuffled auroc" in card
-    assert "not that the model uses it" in card
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["metrics"]["auroc_low"] <= metrics["metrics"]["auroc"]
     assert "torch" in json.loads((folder / "provenance.json").read_text())["packages"]
+
+
+def test_the_card_puts_interval_chance_and_baselines_beside_each_figure(sweep, folder):
+    card, told = (folder / "README.md").read_text(), sweep.best().origin_.metrics
+
+    def shown(name):
+        return f"{told[name]:.3f} [{told[f'{name}_low']:.3f}, {told[f'{name}_high']:.3f}]"
+
+    heads = (
+        "figure | value (95 % interval by pair) | chance | text alone | shuffled labels | random directions"
+    )
+    assert f"| {heads} |" in card
+    controls = [
+        f"{told[f'{name}_auroc']:.3f}, 95 % below {told[f'{name}_auroc_p95']:.3f}"
+        for name in ("shuffled", "random_direction")
+    ]
+    assert f"| auroc | {shown('auroc')} | 0.500 | {shown('text_auroc')} | {' | '.join(controls)} |" in card
+    assert f"| accuracy | {shown('accuracy')} | 0.500 | {shown('text_accuracy')} |" in card
+    assert f"| fires fpr1 (lied) | {shown('fires_fpr1 (lied)')} | 0.010 |" in card
+    assert f"AUROC on folds, by which it was chosen | {told['fold_auroc']:.3f}" in card
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "config.json", "metrics.json", "provenance.json"])
@@ -125,14 +143,14 @@ def test_what_is_no_probe_is_said_so(tmp_path):
 
 
 def test_a_save_that_fails_leaves_nothing_behind(sweep, tmp_path, monkeypatch):
-    real = saved_files.files.write_bytes
+    real = files.write_bytes
 
     def full(path, content):
         if path.name == "metrics.json":
             raise OSError(28, "No space left on device")
         return real(path, content)
 
-    monkeypatch.setattr(saved_files.files, "write_bytes", full)
+    monkeypatch.setattr(files, "write_bytes", full)
     with pytest.raises(DiskFullError):
         sweep.best().save(tmp_path / "probe")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 import veridical as vd
 from veridical.errors import DamagedFileError, DataError, UnknownNameError
-from veridical.pairs.splits import folds
+from veridical.pairs.splits import assign, folds
 from veridical.probes import LogisticProbe
 from veridical.probes.ccs import CCSProbe
 from veridical.probes.mass_mean import MassMeanProbe
@@ -239,7 +239,43 @@ def test_refuses_scores_that_belong_to_other_probes():
         StackedProbe.from_scores(scores, labels + 2, probes)
 
 
-def test_a_sweep_of_one_site_at_a_time_refuses_a_stack():
+@pytest.mark.parametrize("probe", [StackedProbe(), "stacked"])
+def test_a_sweep_of_one_site_at_a_time_says_what_to_do_instead(probe):
     sites, labels, groups = halves(pairs=40)
-    with pytest.raises(DataError, match="reads several sites"):
-        vd.fit_probes(sites, probe=StackedProbe(), target=labels, groups=groups, bootstrap=10, progress=False)
+    with pytest.raises(DataError, match=r"reads several sites.*StackedProbe\.from_sweep\(sweep\)") as caught:
+        vd.fit_probes(sites, probe=probe, target=labels, groups=groups, bootstrap=10, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_is_stacked_and_judged_on_its_held_out_pairs(tmp_path):
+    sites, labels, groups = halves(pairs=200)
+    sweep = vd.fit_probes(sites, target=labels, groups=groups, bootstrap=50, shuffles=2, progress=False)
+    stack = StackedProbe.from_sweep(sweep)
+    scores = {result.site: result.out_of_fold for result in sweep.results}
+    kept = {result.site: result.probe for result in sweep.results}
+    slow = StackedProbe.from_scores(scores, sweep.labels.fit.astype(int), kept)
+    np.testing.assert_allclose(stack.decision_function(sites), slow.decision_function(sites))
+    # The pairs that the sweep held out are those whose scores it kept.
+    held = assign(groups, {"rest": 0.7, "test": 0.3}, 0, labels == 1) == "test"
+    test = {site: x[held] for site, x in sites.items()}
+    wanted = roc_auc_score(labels[held], slow.decision_function(test))
+    assert stack.origin_.metrics["auroc"] == pytest.approx(wanted, abs=1e-12)
+    assert stack.origin_.metrics["auroc"] > sweep.metrics["auroc"]
+    assert stack.origin_.metrics["auroc_low"] < wanted < stack.origin_.metrics["auroc_high"]
+    assert stack.site == "early + late + none"
+    two = StackedProbe.from_sweep(sweep, ["early", "late"], C=0.1)
+    assert two.sites_ == ("early", "late")
+    loaded = vd.load_probe(two.save(tmp_path / "p"))
+    np.testing.assert_array_equal(loaded.decision_function(test), two.decision_function(test))
+    assert loaded.origin_ == two.origin_
+    with pytest.raises(UnknownNameError, match="unknown site 'erly'; nearest: early"):
+        StackedProbe.from_sweep(sweep, ["erly"])
+
+
+def test_a_sweep_of_sequences_is_not_stacked():
+    random = np.random.default_rng(0)
+    acts = {"site": random.normal(size=(60, 3, 4))}
+    options = {"target": np.tile([0, 1], 30), "bootstrap": 5, "shuffles": 1, "folds": 2, "progress": False}
+    sweep = vd.fit_probes(acts, probe="mean_tokens", strengths=(1.0,), **options)
+    with pytest.raises(DataError, match="mean_tokens reads sequences of tokens"):
+        StackedProbe.from_sweep(sweep)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+import veridical as vd
 from veridical import LogisticProbe
-from veridical.errors import DataError
+from veridical.errors import DataError, UnknownNameError
 from veridical.probes.base import Problems
 from veridical.probes.mass_mean import MassMeanProbe
 from veridical.probes.solver import Design
@@ -145,6 +146,28 @@ def test_a_fold_of_one_polarity_falls_back_on_the_mean_difference():
 def test_refuses_a_polarity_that_is_none(columns, said):
     with pytest.raises(DataError, match=said):
         TTPDProbe().fit(np.random.default_rng(0).normal(size=(20, 3)), np.tile([0, 1], 10), **columns)
+
+
+def test_a_sweep_without_the_column_says_which_one_it_needs_and_how_to_give_it():
+    x, truth, polarity = statements(rows=80)
+    options = {"bootstrap": 10, "shuffles": 2, "text_baseline": False, "progress": False}
+    rows = {"label": truth, "negatd": polarity < 0}
+    with pytest.raises(UnknownNameError) as caught:
+        vd.fit_probes({"site": x}, rows=rows, probe=TTPDProbe("negated"), **options)
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in (
+        "unknown column 'negated'; nearest: negatd",
+        "a column of two values beside the label",
+        "whether it is affirmative or negated",
+        "such a column named negated",
+        'TTPDProbe(polarity="column")',
+        "TTPDProbe(polarity=None)",
+        "--estimator ttpd:polarity=column",
+    ):
+        assert part in said
+    for probe in (TTPDProbe("negatd"), "ttpd:polarity=negatd", TTPDProbe(polarity=None)):
+        assert vd.fit_probes({"site": x}, rows=rows, probe=probe, **options).best().name == "ttpd"
 
 
 def test_refuses_columns_that_it_does_not_read():

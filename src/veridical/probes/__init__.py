@@ -9,7 +9,8 @@ is what all share, `kinds` their names, `solver` the exact logistic solution for
 `verdict` puts it into words. `honesty` keeps a lie apart from the instruction to lie, `transfer` tests
 every probe on every data set, `judged` a saved probe on others. `erasure` takes a label out of activations,
 `causal` tries a direction out in the model, `monitor` runs a probe while the model writes, `tokens` shows
-one over a text. `saved` and `card` keep probes; `fits` refuses the wrong model.
+one over a text. `saved`, `saved_eraser`, `saved_sweep` and `saved_result` keep what was found, each sealed by
+checksums (`sealed`), `card` writes the README beside a probe; `fits` refuses the wrong model.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from veridical.probes.ridge import RidgeProbe
     from veridical.probes.rolling import RollingProbe
     from veridical.probes.saved import load_probe
+    from veridical.probes.saved_eraser import load_eraser
+    from veridical.probes.saved_result import load_result
     from veridical.probes.sequence import Sequences
     from veridical.probes.stacked import StackedProbe
     from veridical.probes.sweep import fit_probes
@@ -70,7 +73,9 @@ _HOME = {
     "honesty_protocol": "honesty",
     "judge_probe": "judged",
     "learning_curve": "learning",
+    "load_eraser": "saved_eraser",
     "load_probe": "saved",
+    "load_result": "saved_result",
     "transfer_matrix": "transfer",
     "transfer_to": "model_transfer",
     "view_tokens": "tokens",
@@ -100,7 +105,9 @@ __all__ = [
     "honesty_protocol",
     "judge_probe",
     "learning_curve",
+    "load_eraser",
     "load_probe",
+    "load_result",
     "transfer_matrix",
     "transfer_to",
     "view_tokens",

@@ -14,7 +14,7 @@ reason.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from scipy.special import expit
 from veridical.errors import DataError
 from veridical.probes.card import interval
 from veridical.probes.evaluate import Estimate, estimate, resample_weights
+from veridical.probes.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -36,7 +37,7 @@ METHODS = ("as given", "Platt", "isotonic")
 
 
 @dataclass(frozen=True, repr=False)
-class Calibration:
+class Calibration(Saved):
     """Probabilities of one probe on held-out pairs, before and after calibration.
 
     Attributes:
@@ -47,6 +48,7 @@ class Calibration:
             `high` (its interval), `rows`.
         rows: Held-out vectors and pairs, and the vectors that the curves were fitted on.
         labelled: What has a label each: vectors, or sequences.
+        facts: Seed, tokens, model and fingerprints.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Calibration:
     bins: pd.DataFrame
     rows: Mapping[str, int]
     labelled: str = "vectors"
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
         """One line per method: `ece` and `brier`, each with the ends of its 95 % interval."""
@@ -151,6 +154,7 @@ def calibrate(sweep: ProbeSweep, site: str | None = None, bins: int = 10) -> Cal
         bins=pd.concat([table.assign(method=name) for name, (_, table) in judged.items()], ignore_index=True),
         rows=rows,
         labelled=result.probe.labelled,
+        facts={**sweep.facts, "seed": sweep.config.seed},
     )
 
 

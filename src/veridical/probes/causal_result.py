@@ -13,6 +13,7 @@ import pandas as pd
 
 from veridical.probes import evaluate
 from veridical.probes.card import interval, number
+from veridical.probes.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -41,7 +42,7 @@ class Edited:
 
 
 @dataclass(frozen=True, repr=False)
-class CausalCheck:
+class CausalCheck(Saved):
     """Effects of adding and ablating a direction, and of the same edits along random directions.
 
     Attributes:

@@ -6,15 +6,17 @@ a convex loss beats a constant on the fitted rows. It is computed by the authors
 running covariances let the fit stream over batches. A projection only removes directions; how much of the
 label is left then depends on how well these were found.
 
-Both are also interventions: inside `with eraser.on(model, site):` the model runs on erased activations.
+Both are also interventions: inside `with eraser.on(model, site):` the model runs on erased activations. They
+are kept as probes are: `eraser.save(folder)` and `load_eraser(folder)`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from veridical.errors import DataError, InputError, NonFiniteError, unknown
 from veridical.probes.base import as_array, as_labels
+from veridical.probes.fits import same_model
+from veridical.probes.origin import Origin
 from veridical.probes.passes import Positions, check_positions, following
 
 if TYPE_CHECKING:
@@ -41,11 +45,39 @@ class Eraser(TransformerMixin, BaseEstimator):
         left_: `[d, k]` float64.
         right_: `[k, d]` float64; `right_ @ left_` is the identity, so erasing twice changes nothing more.
         centre_: `[d]` float64, a point that stays where it is.
+        origin_: Where the activations came from and what was measured; set by `check_erasure`, else empty.
     """
+
+    name: ClassVar[str]
+    """What saved erasers call it."""
+    origin_: Origin = Origin()
 
     @abstractmethod
     def _map(self) -> Map:
         """left, right and centre, of an eraser that is fitted."""
+
+    @abstractmethod
+    def said(self) -> str:
+        """The eraser and its parameters in a few words, for a card."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every fitted array by name, as they are saved."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, Any]:
+        """What else is saved, as plain JSON values."""
+
+    @classmethod
+    @abstractmethod
+    def restored(cls, arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> Self:
+        """The reverse of `arrays` and `parameters`."""
+
+    def save(self, folder: str | Path) -> Path:
+        """Saves arrays, config, metrics, provenance and a card into `folder`; `load_eraser` reads it."""
+        from veridical.probes.saved_eraser import save_eraser
+
+        return save_eraser(self, folder)
 
     @property
     def left_(self) -> np.ndarray:
@@ -94,7 +126,9 @@ class Eraser(TransformerMixin, BaseEstimator):
         return erase
 
     @contextmanager
-    def on(self, model: HookedModel, site: str, positions: Positions = "all") -> Iterator[None]:
+    def on(
+        self, model: HookedModel, site: str, positions: Positions = "all", *, force: bool = False
+    ) -> Iterator[None]:
         """Erases at a site of a model while the context lasts, `generate` included; undone at the end.
 
         Args:
@@ -102,18 +136,24 @@ class Eraser(TransformerMixin, BaseEstimator):
             site: Where; sites per head are taken flat.
             positions: "all" tokens; those of the "prompt" (of the first pass, before any is generated);
                 "prompt_last", the last real token of each row's prompt; or "generated", those after it.
+            force: Accept another model than the one that the eraser says it was fitted on.
 
         Raises:
+            MismatchError: The eraser was fitted on another model.
             InputError: Another width than the model has there.
         """
         check_positions(positions)
+        own = self.origin_
+        if not force and own.model_fingerprint is not None:
+            same_model(own.model, own.model_fingerprint, model.path, model.fingerprint(), "eraser")
         places = model.resolve(site)
         if len(places) != 1:
             raise InputError(f"an eraser acts on one site; {site!r} names {len(places)} of {model.path}")
         width = int(np.prod(model.width(places[0])))
-        own = len(self.centre_)
-        if width != own:
-            raise InputError(f"the eraser takes {own} features; {model.path} has {width} at {places[0]}")
+        if width != len(self.centre_):
+            raise InputError(
+                f"the eraser takes {len(self.centre_)} features; {model.path} has {width} at {places[0]}"
+            )
         erase = self.on_tensors()
         with following(model) as passes:
 
@@ -147,6 +187,8 @@ class LeaceEraser(Eraser):
         rows_: Number of rows seen.
     """
 
+    name = "leace"
+
     def __init__(self, *, shrinkage: bool = True) -> None:
         self.shrinkage = shrinkage
 
@@ -157,7 +199,8 @@ class LeaceEraser(Eraser):
             DataError: One class only, or shapes that do not go together.
             NonFiniteError: NaN or infinity.
         """
-        self.__dict__.pop("_fitter", None)
+        for kept in ("_fitter", "_found"):
+            self.__dict__.pop(kept, None)
         labels = np.asarray(as_labels(y))
         return self.update(X, labels, classes=np.unique(labels))
 
@@ -171,9 +214,12 @@ class LeaceEraser(Eraser):
 
         Raises:
             UnknownNameError: A label that is none of `classes`.
+            DataError: The eraser was loaded; covariances are not saved, so that it can't go on.
         """
         from concept_erasure import LeaceFitter
 
+        if self.__sklearn_is_fitted__() and not hasattr(self, "_fitter"):
+            raise DataError("a loaded eraser can't take in more batches; fit a new one on all of them")
         x, labels = _checked(X, y)
         if not hasattr(self, "_fitter"):
             self.classes_ = np.unique(labels if classes is None else np.asarray(classes))
@@ -204,10 +250,31 @@ class LeaceEraser(Eraser):
         self._fitter.update(x, torch.from_numpy(one_hot[:, 1:] if len(self.classes_) == 2 else one_hot))
         self.rows_ = int(self._fitter.n)
         self._found = None
+        self.__dict__.pop("origin_", None)  # what was measured was measured on another map
         return self
 
+    def said(self) -> str:
+        how = "optimal linear shrinkage" if self.shrinkage else "no shrinkage"
+        return f"LEACE, covariance with {how}"
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"left": self.left_, "right": self.right_, "centre": self.centre_}
+
+    def parameters(self) -> dict[str, Any]:
+        labels = {"classes": self.classes_.tolist(), "classes_dtype": self.classes_.dtype.str}
+        return {"shrinkage": self.shrinkage, "rows": self.rows_, **labels}
+
+    @classmethod
+    def restored(cls, arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> Self:
+        made = cls(shrinkage=parameters["shrinkage"])
+        made.classes_ = np.array(parameters["classes"], dtype=np.dtype(parameters["classes_dtype"]))
+        made.rows_ = parameters["rows"]
+        made.n_features_in_ = len(arrays["centre"])
+        made._found = (arrays["left"], arrays["right"], arrays["centre"])
+        return made
+
     def _map(self) -> Map:
-        if not hasattr(self, "_fitter"):
+        if not self.__sklearn_is_fitted__():
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet; call fit or update first")
         if self.rows_ < 2:
             raise DataError("the eraser has seen one row; it needs two at least")
@@ -223,7 +290,7 @@ class LeaceEraser(Eraser):
         return self._found
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "_fitter")
+        return hasattr(self, "_found")
 
 
 class ProjectionEraser(Eraser):
@@ -238,6 +305,8 @@ class ProjectionEraser(Eraser):
         centre: `[d]`, the point that stays; zero when not given.
     """
 
+    name = "projection"
+
     def __init__(self, directions: Any, *, centre: Any = None) -> None:
         self.directions = directions
         self.centre = centre
@@ -246,7 +315,7 @@ class ProjectionEraser(Eraser):
             raise DataError(f"directions must be finite numbers [d] or [k, d]; shape {rows.shape} arrived")
         if np.linalg.matrix_rank(rows) < len(rows):
             raise DataError(f"the {len(rows)} directions are linearly dependent, or one is zero")
-        basis = np.linalg.qr(rows.T)[0]
+        basis = np.ascontiguousarray(np.linalg.qr(rows.T)[0])
         middle = np.zeros(rows.shape[1]) if centre is None else np.asarray(as_array(centre), dtype=np.float64)
         if middle.shape != (rows.shape[1],):
             raise DataError(f"centre has shape {middle.shape}; the directions have width {rows.shape[1]}")
@@ -259,6 +328,24 @@ class ProjectionEraser(Eraser):
     def fit(self, X: Any = None, y: Any = None) -> Self:
         """Nothing to learn; here for pipelines."""
         return self
+
+    def said(self) -> str:
+        return f"projection, to {'zero' if self.centre is None else 'the centre given'} along its directions"
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        given = np.asarray(as_array(self.directions), dtype=np.float64)
+        return {"left": self.left_, "centre": self.centre_, "directions": given}
+
+    def parameters(self) -> dict[str, Any]:
+        return {"centred": self.centre is not None}
+
+    @classmethod
+    def restored(cls, arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> Self:
+        centre = arrays["centre"] if parameters["centred"] else None
+        made = cls(arrays["directions"], centre=centre)
+        # The basis as it was: another machine's factorisation may differ in its last bits.
+        made._found = (arrays["left"], arrays["left"].T, arrays["centre"])
+        return made
 
     def _map(self) -> Map:
         return self._found

@@ -9,7 +9,7 @@ missed what it had not seen? The control erases as many random dimensions.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ from veridical.probes.card import interval
 from veridical.probes.data import TARGET, Where, as_conditions, choose_rows, read_source
 from veridical.probes.erasure import Eraser, LeaceEraser, ProjectionEraser
 from veridical.probes.logistic import LogisticProbe
+from veridical.probes.origin import Origin
+from veridical.probes.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -41,16 +43,18 @@ HELD_BEFORE, HELD_AFTER = "before, fitted on held-out folds", "after, fitted on 
 
 
 @dataclass(frozen=True, repr=False)
-class ErasureCheck:
+class ErasureCheck(Saved):
     """Figures of a probe before and after erasure.
 
     Attributes:
         lines: One per way of measuring; see `to_frame`.
         facts: Site, label, eraser, its rank, and `moved`, the mean square of the change over the variance.
+        eraser: The eraser, fitted on the fitted pairs; `eraser.save(folder)` keeps it with these figures.
     """
 
     lines: tuple[Mapping[str, Any], ...]
     facts: Mapping[str, Any]
+    eraser: Eraser
 
     def to_frame(self) -> pd.DataFrame:
         """Lines: before; after, with the same probe; after, with a probe fitted on the erased fitted pairs;
@@ -203,23 +207,49 @@ def check_erasure(
         drawn.append(line(RANDOM, _fresh(estimator).fit(x, labels), x, other.transform(test)))
     means = pd.DataFrame(drawn).drop(columns="measured").mean().to_dict()
     variance = np.square(fit - centre).sum()
-    return ErasureCheck(
-        lines=(
-            *lines,
-            {"measured": RANDOM, **means},
-            on_folds(HELD_BEFORE, test),
-            on_folds(HELD_AFTER, shown),
+    lines += [
+        {"measured": RANDOM, **means},
+        on_folds(HELD_BEFORE, test),
+        on_folds(HELD_AFTER, shown),
+    ]
+    facts = {
+        "site": site,
+        "target": config.target,
+        "eraser": type(fitted).__name__,
+        "rank": fitted.rank,
+        "moved": float(np.square(erased - fit).sum() / variance) if variance > 0 else 0.0,
+        "draws": draws,
+        "seed": config.seed,
+        **source.facts,
+    }
+    fitted.origin_ = _origin(config, facts, lines, {"fit_vectors": len(fit), "test_vectors": len(test)})
+    return ErasureCheck(tuple(lines), facts, fitted)
+
+
+def _origin(
+    config: ProbeConfig, facts: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], rows: Mapping[str, int]
+) -> Origin:
+    """What the eraser's card says: the AUROC that is left, beside that before and after random erasure."""
+    figures = {
+        f"auroc, {line['measured']}{end}": float(line[f"auroc{end}"])
+        for line in lines
+        for end in ("", "_low", "_high")
+    }
+    return Origin(
+        site=facts["site"],
+        tokens=facts.get("tokens"),
+        model=facts.get("model"),
+        model_fingerprint=facts.get("model_fingerprint"),
+        data_fingerprint=facts.get("data_fingerprint"),
+        target=config.target,
+        where=tuple(config.where),
+        metrics={name: value for name, value in figures.items() if np.isfinite(value)},
+        rows={**rows, "variance moved": f"{facts['moved']:.1%}"},
+        notes=(
+            "What counts is `after, fitted on held-out folds`: a probe fitted on the eraser's own rows fails "
+            "by construction.",
         ),
-        facts={
-            "site": site,
-            "target": config.target,
-            "eraser": type(fitted).__name__,
-            "rank": fitted.rank,
-            "moved": float(np.square(erased - fit).sum() / variance) if variance > 0 else 0.0,
-            "draws": draws,
-            "seed": config.seed,
-            **{name: value for name, value in source.facts.items() if "fingerprint" in name},
-        },
+        seed=config.seed,
     )
 
 

@@ -76,12 +76,14 @@ def vectors_for(probe: LinearProbe, acts: Activations, *, force: bool = False) -
     return vectors.double().numpy()
 
 
-def same_model(own: str | None, own_print: str | None, other: Any, other_print: str | None) -> None:
+def same_model(
+    own: str | None, own_print: str | None, other: Any, other_print: str | None, what: str = "probe"
+) -> None:
     """Refuses two fingerprints that differ; where one side has none there is nothing to compare."""
     if own_print is None or other_print is None or own_print == other_print:
         return
     raise MismatchError(
-        f"the probe was fitted on another model: {own or 'unnamed'} (fingerprint {own_print[:12]}), not "
+        f"the {what} was fitted on another model: {own or 'unnamed'} (fingerprint {own_print[:12]}), not "
         f"{other or 'unnamed'} (fingerprint {other_print[:12]}); {FORCE}"
     )
 

@@ -27,7 +27,7 @@ import pandas as pd
 from veridical import config as configs
 from veridical.config import HonestyConfig
 from veridical.errors import DataError
-from veridical.probes import evaluate
+from veridical.probes import evaluate, kinds
 from veridical.probes.base import LinearProbe
 from veridical.probes.baseline import TextScorer, cross_fit_texts
 from veridical.probes.calibration import fit_platt
@@ -37,7 +37,6 @@ from veridical.probes.duplicates import without_copies
 from veridical.probes.firing import balanced_threshold, false_positive_threshold
 from veridical.probes.honesty_report import CHOSEN, HonestyReport
 from veridical.probes.honesty_rows import Rows, difficulty_parts, never_fitted, prompt_parts
-from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.origin import Origin
 from veridical.probes.sequence import SequenceProbe
@@ -287,13 +286,6 @@ class _Protocol:
         """The probe of all pairs at the chosen site, with its thresholds and where it came from."""
         one, plan = choice.candidates[choice.best], self.plans[name]
         honest = self.rows.honest & ~self.marked
-        lines = table.query("probe == @name and site == @CHOSEN").to_dict("records")
-        metrics: dict[str, float | None] = {}
-        for line in lines:
-            for column in ("auroc_lied", "auroc_told", "recall_fpr1", "confused_fpr1"):
-                for end in ("", "_low", "_high"):
-                    value = float(line[f"{column}{end}"])
-                    metrics[f"{column} ({line['rows']}){end}"] = value if np.isfinite(value) else None
         facts = self.source.facts
         one.probe.origin_ = Origin(
             site=choice.best[1],
@@ -307,11 +299,17 @@ class _Protocol:
             model=facts.get("model"),
             model_fingerprint=facts.get("model_fingerprint"),
             data_fingerprint=facts.get("data_fingerprint"),
-            metrics=metrics,
-            rows={"fit_vectors": int(plan.fit.sum()), "folds": plan.folds},
+            metrics=_card_figures(name, table),
+            rows={
+                "fit_vectors": int(plan.fit.sum()),
+                "fit_pairs": len(np.unique(self.source.groups[plan.fit])),
+                "fit_positive": int(plan.positive[plan.fit].sum()),
+                "folds": plan.folds,
+            },
             notes=(
                 "Figures are cross-fitted: each row was judged by a probe that saw nothing of its pair. The "
-                "threshold of 1 % false positives is set on honest answers.",
+                "threshold of 1 % false positives is set on honest answers to known questions.",
+                f"`auroc` is that of {WHAT[name]}.",
                 *self.notes,
             ),
             seed=self.config.seed,
@@ -336,6 +334,40 @@ class _Protocol:
         }
 
 
+WHAT = {
+    "lying": "lies against refusals to lie",
+    "lying, all rows": "lies against refusals to lie, though honest answers and confusion were among the "
+    "negatives of the fit",
+    "instruction": "told to lie against not, where the answer is known",
+}
+"""What the figure `auroc` of each probe's card is of."""
+
+
+def _card_figures(name: str, table: pd.DataFrame) -> dict[str, float | None]:
+    """The figures of a probe for its card: on all rows and on held-out prompts, with those of the text."""
+    instruction = name == "instruction"
+    own = "auroc_told" if instruction else "auroc_lied"
+    text = f"text alone, {'instruction' if instruction else 'lying'}"
+    kept = {
+        own: "auroc",
+        "lead_over_text": "lead_over_text",
+        "auroc_told_of_truthful": "auroc_told_of_truthful",
+    }
+    kept |= {f"{kind}_fpr1": f"{kind}_fpr1" for kind in ("recall", "confused", "refused", "honest")}
+    found: dict[str, float | None] = {}
+    for line in table.to_dict("records"):
+        mine = line["probe"] == name and line["site"] == CHOSEN
+        if not (mine or line["probe"] == text) or line["rows"] not in ("all rows", "held-out prompts"):
+            continue
+        part = "" if line["rows"] == "all rows" else f" ({line['rows']})"
+        for column, said in kept.items():
+            for end in ("", "_low", "_high"):
+                value = float(line.get(f"{column}{end}", np.nan))
+                if np.isfinite(value):
+                    found[f"{'' if mine else 'text_'}{said}{part}{end}"] = value
+    return found
+
+
 _NONE = evaluate.Estimate(float("nan"), float("nan"), float("nan"))
 
 
@@ -343,7 +375,7 @@ def _estimators(probe: Estimators) -> dict[str, LinearProbe]:
     given = [LogisticProbe()] if probe is None else [probe] if isinstance(probe, LinearProbe | str) else probe
     found: dict[str, LinearProbe] = {}
     for one in given:
-        made = kind(one)() if isinstance(one, str) else one
+        made = kinds.estimator(one) if isinstance(one, str) else one
         name = made.said() if made.name in found else made.name
         if name in found:
             raise DataError(f"the estimator {name!r} is there twice; name each once")

@@ -6,16 +6,15 @@ import html
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from veridical import config as configs
 from veridical.config import HonestyConfig
 from veridical.errors import unknown
 from veridical.probes.card import interval
+from veridical.probes.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -40,7 +39,7 @@ LYING = ("lying", "lying, all rows")
 
 
 @dataclass(frozen=True, repr=False)
-class HonestyReport:
+class HonestyReport(Saved):
     """The lying and the instruction probes side by side.
 
     Attributes:
@@ -129,24 +128,6 @@ class HonestyReport:
         from veridical.probes.figure import honesty_by_site
 
         return honesty_by_site(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Saves the table, the probes (each as a folder of its own) and the section of the report."""
-        from veridical.files import write_json
-        from veridical.provenance import provenance
-
-        folder = Path(folder)
-        for name, probe in self.probes.items():
-            probe.save(folder / name.replace(", ", "-").replace(" ", "-"))
-        write_json(folder / "config.json", configs.to_dict(self.config))
-        facts = {name: self.facts.get(name) for name in ("model", "model_fingerprint", "data_fingerprint")}
-        write_json(folder / "provenance.json", provenance(seed=self.config.seed, **facts))
-        lines = [
-            {k: None if v != v else v for k, v in line.items()} for line in self.table.to_dict("records")
-        ]
-        write_json(folder / "metrics.json", {"counts": dict(self.counts), "table": lines})
-        self.report_section().save(folder)
-        return folder
 
     def report_section(self) -> Section:
         """The protocol as a section of a report."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from veridical.probes.data import Source, Where, as_conditions, meets, missing, 
 from veridical.probes.evaluate import Estimate
 from veridical.probes.firing import SIGNS, kinds_of_rows, shares_above
 from veridical.probes.fits import same_model, same_width
+from veridical.probes.saved_result import Saved
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class Judged:
+class Judged(Saved):
     """How a fitted probe does on given rows.
 
     Attributes:
@@ -42,6 +43,7 @@ class Judged:
         lead: AUROC less that of the text.
         firing: Share of each kind of row above each of the probe's own thresholds; None without either.
         counts: Rows, pairs and positives.
+        facts: Tokens, model and fingerprints.
         notes: What a reader should know.
     """
 
@@ -51,6 +53,7 @@ class Judged:
     lead: Estimate | None
     firing: pd.DataFrame | None
     counts: Mapping[str, int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
@@ -166,6 +169,7 @@ def judge_probe(
             "pairs": len(np.unique(source.groups[rows])),
             "positive": int(positive.sum()),
         },
+        facts={**source.facts, "seed": config.seed},
         notes=tuple(notes),
     )
 

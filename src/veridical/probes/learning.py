@@ -30,6 +30,7 @@ from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, ch
 from veridical.probes.duplicates import without_copies
 from veridical.probes.evaluate import Estimate
 from veridical.probes.room import Room
+from veridical.probes.saved_result import Saved
 from veridical.probes.sweep import SELECTION_TOL, as_estimator, check_config, run_sweep
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ SIZES = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
 @dataclass(frozen=True, repr=False)
-class LearningCurve:
+class LearningCurve(Saved):
     """AUROC on the same held-out pairs by the number of fitted pairs.
 
     Attributes:
@@ -54,6 +55,7 @@ class LearningCurve:
         whole: AUROC of the probe of all fitted pairs, with its interval over held-out pairs.
         text: AUROC of the text alone, fitted on all those pairs; None without texts.
         counts: Fitted and held-out pairs, and held-out rows.
+        facts: Tokens, model and fingerprints.
         notes: What should be known about rows and texts.
     """
 
@@ -64,6 +66,7 @@ class LearningCurve:
     whole: Estimate
     text: Estimate | None
     counts: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
@@ -210,8 +213,7 @@ class _Curve:
         self.design = probe.space(read(task.fit))
         self.held = read(task.test)
         self.strengths = sorted(config.strengths) if probe.tuned else [1.0]
-        named = {name: getattr(probe, name) for name in probe.columns}
-        self.columns = {name: source.column(at)[task.fit] for name, at in named.items() if at is not None}
+        self.columns = probe.beside(source, task.fit)
 
     def run(self, sizes: list[int], repeats: int) -> LearningCurve:
         every = int(self.pairs.max()) + 1
@@ -223,7 +225,7 @@ class _Curve:
                 members.append(chosen)
                 lines.append({"pairs": size, "rows": int(chosen.sum()), "draw": draw})
         used = np.stack(members, 1)  # [fit, draws]
-        chosen = self._choose(used)
+        chosen = self._choose(used, [line["draw"] for line in lines])
         scores = self._fit(used.astype(np.float64), np.array(self.strengths)[chosen])
         aurocs = evaluate.auroc(scores, self.held_truth)
         for line, at, auroc in zip(lines, chosen, aurocs):
@@ -244,6 +246,7 @@ class _Curve:
                 "test_pairs": len(np.unique(self.source.groups[self.task.test])),
                 "test_rows": len(self.task.test),
             },
+            facts=dict(self.source.facts),
             notes=tuple(self.source.notes),
         )
 
@@ -260,12 +263,15 @@ class _Curve:
             place[alike] = (np.arange(len(alike)) + random.random()) / len(alike)
         return np.argsort(place, kind="stable")
 
-    def _choose(self, used: np.ndarray) -> np.ndarray:
-        """Strength of each draw, by the mean AUROC over folds of its own pairs, `[draws]` as numbers."""
+    def _choose(self, used: np.ndarray, order: list[int]) -> np.ndarray:
+        """Strength of each draw, by the mean AUROC over folds of its own pairs, `[draws]` as numbers.
+
+        The folds of a draw are dealt by its number within its size: all pairs, number 0, get a sweep's folds.
+        """
         draws, found = used.shape[1], np.full((len(self.strengths), used.shape[1]), 0.5)
         if len(self.strengths) == 1:
             return np.zeros(draws, dtype=int)
-        folds = [self._folds(used[:, draw], draw) for draw in range(draws)]
+        folds = [self._folds(used[:, draw], order[draw]) for draw in range(draws)]
         owner = np.concatenate([np.full(fold.max() + 1, draw) for draw, fold in enumerate(folds)])
         number = np.concatenate([np.arange(fold.max() + 1) for fold in folds])
         masks = np.stack([used[:, d] & (folds[d] != k) for d, k in zip(owner, number)], 1)
@@ -289,7 +295,9 @@ class _Curve:
         """Fold of each fitted row within one draw, `[fit]`; -1 outside it."""
         rows, number = np.flatnonzero(used), np.full(len(used), -1)
         count = min(self.config.folds, len(np.unique(self.pairs[rows])))
-        number[rows] = fold_numbers(self.pairs[rows], count, self.config.seed + draw, self.truth[rows])
+        # By name, not by number: names are what a sweep deals out, so that all pairs get its folds.
+        names = self.source.groups[self.task.fit][rows]
+        number[rows] = fold_numbers(names, count, self.config.seed + draw, self.truth[rows])
         return number
 
     def _fit(self, weights: np.ndarray, strengths: np.ndarray) -> np.ndarray:

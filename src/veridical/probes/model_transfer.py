@@ -35,6 +35,7 @@ from veridical.probes.duplicates import without_copies
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.origin import Origin
 from veridical.probes.result import ProbeSweep
+from veridical.probes.saved_result import Saved
 from veridical.probes.sequence import SequenceProbe
 from veridical.probes.solver import Design
 from veridical.probes.sweep import as_estimator, check_config, run_sweep
@@ -58,7 +59,7 @@ OWN_A, MOVED, OWN_B, CONTROL, TEXT = (
 
 
 @dataclass(frozen=True, repr=False)
-class ModelTransfer:
+class ModelTransfer(Saved):
     """A probe of model A read in model B.
 
     Attributes:
@@ -88,6 +89,10 @@ class ModelTransfer:
     def to_frame(self) -> pd.DataFrame:
         """One line per probe: where it reads, and its figures on the held-out pairs."""
         return self.table.copy()
+
+    def made_by(self) -> dict[str, Any]:
+        """Seed, and model and data of B, whose probe this makes; A's stand in its sweep."""
+        return self.probe.origin_.facts()
 
     def findings(self) -> list[str]:
         """What the figures say, in sentences."""
@@ -288,8 +293,17 @@ class _Move:
             model=facts.get("model"),
             model_fingerprint=facts.get("model_fingerprint"),
             data_fingerprint=facts.get("data_fingerprint"),
-            metrics={name: value for name, value in lines[1].items() if isinstance(value, float)},
+            metrics={
+                **{name: value for name, value in lines[1].items() if isinstance(value, float)},
+                **({} if own.text is None else own.text["auroc"].columns("text_auroc")),
+            },
+            rows={
+                "paired_vectors": len(self.paired),
+                "test_vectors": len(truth),
+                "test_positive": int(truth.sum()),
+            },
             notes=(
+                f"B's own probe has AUROC {_said(lines[2])} at {own.best_site} on the same held-out pairs.",
                 f"Moved from {first.best_site} of {self.a.facts.get('model') or 'another model'} by a "
                 f"{self.method} map fitted on {len(self.paired)} paired vectors.",
             ),

@@ -50,6 +50,15 @@ class Origin:
         spread = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
         return f"{self.target} at {self.site}{figure}{spread}"
 
+    def facts(self) -> dict[str, Any]:
+        """Seed, model and fingerprints, for the provenance of what is saved."""
+        return {
+            "seed": self.seed,
+            "model": self.model,
+            "model_fingerprint": self.model_fingerprint,
+            "data_fingerprint": self.data_fingerprint,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)

@@ -254,7 +254,8 @@ class ProbeSweep:
             f"{counts['test_positive']} are positive. Held out: {counts['split']}. Site and strength were "
             f"chosen on {self.config.folds} folds of the fitted pairs. Intervals are 95 %, over "
             f"{self.config.bootstrap} resamples of whole pairs. Selectivity is the AUROC less that of the "
-            "same probe on control labels, which are the labels permuted over pairs."
+            "same probe on control labels, which are the labels permuted over pairs; an AUROC is at most 1 "
+            "and that of control labels about 0.5, so selectivity is at most about 0.5."
             + (f" Left out: {left_out}." if left_out else "")
         )
 
@@ -287,9 +288,12 @@ class ProbeSweep:
 
     def _origin(self, result: SiteResult) -> Origin:
         figures = {"fold_auroc": result.fold_auroc, **self._figures(result)}
+        for name, alone in (self.text or {}).items():
+            figures |= alone.columns(f"text_{name}")
         if self.firing is not None and result.site == self.best_site:
             for line in self.firing.to_dict("records"):
-                figures[f"fires_fpr1 ({line['rows_of']})"] = line["fires_fpr1"]
+                for end in ("", "_low", "_high"):
+                    figures[f"fires_fpr1 ({line['rows_of']}){end}"] = line[f"fires_fpr1{end}"]
         clean = {k: (float(v) if np.isfinite(v) else None) for k, v in figures.items()}
         counts = {k: v for k, v in self.counts.items() if k not in ("excluded", "text_fold_auroc")}
         counts["excluded"] = "; ".join(f"{n} {why}" for why, n in self.counts["excluded"].items()) or "none"

@@ -7,29 +7,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from veridical import config as configs
 from veridical import files
 from veridical.config import ProbeConfig
-from veridical.errors import DamagedFileError, DataError, InputError
+from veridical.errors import InputError
 from veridical.probes.evaluate import Estimate
 from veridical.probes.kinds import kind
 from veridical.probes.origin import Origin
 from veridical.probes.result import Labels, ProbeSweep, SiteResult
-from veridical.probes.saved import canonical, digest, read_checked
 from veridical.provenance import provenance
+from veridical.sealed import FORMAT, canonical, digest, parsed, read_checked, tensor_bytes, unsealed
 
-FORMAT = 1
 RESULTS, WEIGHTS, BEST = "sweep.json", "sweep.safetensors", "best"
 
 
 def save_sweep(sweep: ProbeSweep, folder: str | Path) -> Path:
     """Saves into `folder`; `sweep.json` is written after the weights and seals them with their checksum."""
     folder = Path(folder)
-    weights = save_tensors(_tensors(sweep))
+    weights = tensor_bytes(_tensors(sweep))
     files.write_json(folder / "config.json", configs.to_dict(sweep.config))
     facts = sweep.facts
     files.write_json(
@@ -61,15 +57,8 @@ def load_sweep(folder: str | Path) -> ProbeSweep:
     path = folder / RESULTS
     if not path.is_file():
         raise InputError(f"no {RESULTS} in {folder}: expected a folder that a probe sweep was saved in")
-    body = files.read_json(path)
-    if not isinstance(body, dict) or body.pop("checksum", None) != digest(canonical(body)):
-        raise DamagedFileError(f"{path} does not match its checksum; it was damaged or edited")
-    if body["format"] != FORMAT:
-        raise DataError(f"{path} has format {body['format']!r}; this version reads {FORMAT}")
-    try:
-        tensors = load_tensors(read_checked(folder / WEIGHTS, body["weights"]))
-    except SafetensorError as error:
-        raise DamagedFileError(f"{folder / WEIGHTS} is not readable safetensors ({error})") from error
+    body = unsealed(files.read_json(path), path)
+    tensors = parsed(read_checked(folder / WEIGHTS, body["weights"]), folder / WEIGHTS)
     classes = np.array(body["classes"])
     return ProbeSweep(
         config=configs.build(ProbeConfig, None, **body["config"]),
@@ -95,8 +84,7 @@ def _tensors(sweep: ProbeSweep) -> dict[str, np.ndarray]:
         tensors[f"{number}.control"] = np.asarray(result.control, dtype=np.float64)
         for name in ("random", "out_of_fold", "test_scores"):
             tensors[f"{number}.{name}"] = np.asarray(getattr(result, name), dtype=np.float64)
-    # safetensors writes the memory as it lies, whatever the strides of a view are.
-    return {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    return tensors
 
 
 def _body(sweep: ProbeSweep, weights: str) -> dict[str, Any]:

@@ -6,18 +6,30 @@ Wolpert 1992, "Stacked generalization", Neural Networks 5; Breiman 1996 for regr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from sklearn.utils.validation import check_is_fitted
 
 from veridical.errors import DataError, unknown
+from veridical.probes import evaluate
 from veridical.probes.base import LinearProbe, Problems, as_array, as_labels, group_codes
 from veridical.probes.kinds import kind
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.origin import Origin
 from veridical.probes.solver import Design, Solution
+
+if TYPE_CHECKING:
+    from veridical.probes.data import Source
+    from veridical.probes.result import Labels, ProbeSweep
+
+INSTEAD = (
+    "a stacked probe reads several sites, so it is no probe of a single one, which is what is fitted here: "
+    "fit a sweep with its base estimator and stack that with StackedProbe.from_sweep(sweep), or fit "
+    "StackedProbe on a dict of site to activations"
+)
 
 
 class StackedProbe(LinearProbe):
@@ -116,6 +128,49 @@ class StackedProbe(LinearProbe):
         probe._check()
         return probe._mix(values, np.asarray(as_labels(y)), dict(probes))
 
+    @classmethod
+    def from_sweep(cls, sweep: ProbeSweep, sites: Sequence[str] | None = None, *, C: float = 1.0) -> Self:
+        """Stacks a sweep's probes on their out-of-fold scores; judges the stack on its held-out pairs.
+
+        Args:
+            sweep: What `fit_probes` returned, with an estimator of one vector.
+            sites: Sites to stack; all of the sweep when not given.
+            C: Inverse strength of the L2 penalty of the final regression.
+
+        Returns:
+            The stack; `origin_` holds its AUROC, accuracy and recall with 95 % intervals over pairs, and the
+            AUROC of the text alone and of the sweep's own best site beside it.
+
+        Raises:
+            DataError: A sweep of sequences, or one without out-of-fold scores.
+            UnknownNameError: A site that the sweep does not hold.
+        """
+        from veridical.probes.sequence import SequenceProbe
+
+        results = [sweep[site] for site in sites or [result.site for result in sweep.results]]
+        labels, first = sweep.labels, results[0].probe
+        if labels is None or not all(len(result.out_of_fold) for result in results):
+            raise DataError(
+                "the sweep holds no out-of-fold scores: it was made before they were kept; fit again"
+            )
+        if isinstance(first, SequenceProbe):
+            raise DataError(f"a stack reads one vector per site; {first.name} reads sequences of tokens")
+        named = np.array(sweep.classes)
+        made = cls.from_scores(
+            {result.site: result.out_of_fold for result in results},
+            named[labels.fit.astype(int)],
+            {result.site: result.probe for result in results},
+            C=C,
+            folds=sweep.config.folds,
+            seed=sweep.config.seed,
+        )
+        scores = [
+            made.mixture_[result.site] * (result.test_scores - result.probe.intercept_[0])
+            for result in results
+        ]
+        made.origin_ = made._judged(sweep, labels, np.sum(scores, axis=0) + made.intercept_[0])
+        return made
+
     def decision_function(self, X: Mapping[str, Any]) -> np.ndarray:
         """Log-odds of the positive class, `[rows]`, for a dict of site to activations `[rows, d]`.
 
@@ -150,10 +205,11 @@ class StackedProbe(LinearProbe):
         return self._base().standardise
 
     def solve(self, design: Design, problems: Problems) -> Solution:
-        raise DataError(
-            "a stacked probe reads several sites and is no probe of one: fit it on a dict of site to "
-            "activations, or build it with StackedProbe.from_scores"
-        )
+        raise DataError(INSTEAD)
+
+    def source(self, acts: Any, target: Any, groups: Any, texts: Any, rows: Any) -> Source:
+        """Refused: a sweep, a curve or a matrix gives every site a probe of its own."""
+        raise DataError(INSTEAD)
 
     def said(self) -> str:
         return f"stacking (logistic regression, C = {self.C:g}) of one probe per site: {self._base().said()}"
@@ -188,6 +244,30 @@ class StackedProbe(LinearProbe):
                 "the base of a stacked probe is a stacked probe; expected an estimator of one site"
             )
         return base
+
+    def _judged(self, sweep: ProbeSweep, labels: Labels, held: np.ndarray) -> Origin:
+        """Where the stack came from, and its figures on the sweep's held-out pairs."""
+        weights = evaluate.resample_weights(labels.test_pairs, sweep.config.bootstrap, sweep.config.seed)
+        best = sweep.best().origin_
+        figures: dict[str, float] = {}
+        for name, value in evaluate.measure(
+            evaluate.settled(held[:, None])[:, 0], labels.test, weights
+        ).items():
+            figures |= value.columns(name)
+            figures |= {} if sweep.text is None else sweep.text[name].columns(f"text_{name}")
+        shown = ", ".join(f"{site} {weight:.2f}" for site, weight in self.mixture_.items())
+        return replace(
+            best,
+            site=" + ".join(self.sites_),
+            metrics={name: float(value) if np.isfinite(value) else None for name, value in figures.items()},
+            notes=(
+                f"The sweep's best site alone: {best.said()}.",
+                f"Weights of the sites' log-odds: {shown}.",
+                *sweep.notes,
+            ),
+            thresholds={},
+            calibration={},
+        )
 
     def _mix(
         self, scores: Mapping[str, np.ndarray], y: np.ndarray, probes: Mapping[str, LinearProbe]

@@ -31,7 +31,7 @@ from veridical.probes.controls import random_directions
 from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, choose_rows
 from veridical.probes.duplicates import without_copies
 from veridical.probes.firing import firing_rates
-from veridical.probes.kinds import kind
+from veridical.probes.kinds import estimator
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.result import ProbeSweep, SiteResult
 from veridical.probes.room import Room
@@ -103,8 +103,8 @@ def run_sweep(source: Source, task: Task, config: ProbeConfig, probe: LinearProb
 
 
 def as_estimator(probe: LinearProbe | str | None) -> LinearProbe:
-    """The estimator, or the one of that name with default parameters; logistic when not given."""
-    return kind(probe)() if isinstance(probe, str) else probe or LogisticProbe()
+    """The estimator, or the one of that name with the parameters said there; logistic when not given."""
+    return estimator(probe) if isinstance(probe, str) else probe or LogisticProbe()
 
 
 def check_config(config: ProbeConfig) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from veridical.probes.data import (
     two_classes,
 )
 from veridical.probes.origin import Origin
+from veridical.probes.saved_result import Saved
 from veridical.probes.sweep import as_estimator, check_config
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ UNUSED = ("test_fraction", "shuffles", "holdout", "memory_gb", "solve_on")
 
 
 @dataclass(frozen=True, repr=False)
-class TransferMatrix:
+class TransferMatrix(Saved):
     """AUROC of every probe on every data set.
 
     Attributes:
@@ -58,6 +59,7 @@ class TransferMatrix:
         names: The data sets, in order.
         table: One line per cell; see `to_frame`.
         probes: The probe of all rows of each data set, at the site that its folds chose.
+        facts: Tokens, model and fingerprints; those of the data in the order of the sets.
         notes: What should be known about rows and texts.
     """
 
@@ -65,6 +67,7 @@ class TransferMatrix:
     names: tuple[str, ...]
     table: pd.DataFrame
     probes: Mapping[str, LinearProbe]
+    facts: Mapping[str, str | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
@@ -242,12 +245,21 @@ class _Matrix:
                 nested, text = Nested.of(found), self._text(trained, fold_of)
                 for tested, folds in zip(self.sets, self.folds):
                     lines.append(self._cell(trained, tested, nested, text, folds))
-                probes[trained.name] = self._probe(trained, nested)
+                own = next(line for line in lines[-len(self.sets) :] if line["tested_on"] == trained.name)
+                probes[trained.name] = self._probe(trained, nested, own)
         names = tuple(s.name for s in self.sets)
-        return TransferMatrix(self.config, names, pd.DataFrame(lines), probes, tuple(self.notes))
+        return TransferMatrix(
+            self.config, names, pd.DataFrame(lines), probes, self._facts(), tuple(self.notes)
+        )
 
-    def _probe(self, trained: _Set, nested: Nested) -> LinearProbe:
-        """The probe of all rows of a set, with where it came from."""
+    def _facts(self) -> dict[str, str | None]:
+        """What the sets share; and the fingerprint of each."""
+        facts = [s.source.facts for s in self.sets]
+        prints = dict.fromkeys(str(f["data_fingerprint"]) for f in facts if f.get("data_fingerprint"))
+        return {**facts[0], "data_fingerprint": ", ".join(prints) or None}
+
+    def _probe(self, trained: _Set, nested: Nested, own: Mapping[str, Any]) -> LinearProbe:
+        """The probe of all rows of a set, with where it came from and its cross-fitted figures there."""
         probe, facts = nested.candidates[nested.best].probe, trained.source.facts
         probe.classes_ = np.array(trained.classes)
         probe.origin_ = Origin(
@@ -258,7 +270,13 @@ class _Matrix:
             model=facts.get("model"),
             model_fingerprint=facts.get("model_fingerprint"),
             data_fingerprint=facts.get("data_fingerprint"),
+            metrics={
+                name: float(value)
+                for name, value in own.items()
+                if name.startswith(("auroc", "text_auroc", "lead_over_text")) and np.isfinite(value)
+            },
             rows={"fit_vectors": int(trained.used.sum()), "set": trained.name},
+            notes=("Figures are cross-fitted by pair on the set that it was fitted on.",),
             seed=self.config.seed,
         )
         return probe

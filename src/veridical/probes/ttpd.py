@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from veridical.errors import DataError
+from veridical.errors import DataError, unknown
 from veridical.probes.base import LinearProbe, Problems
 from veridical.probes.directions import alike, closed, signs_of
 from veridical.probes.solver import Design, Solution, solve
+
+if TYPE_CHECKING:
+    from veridical.probes.data import Source
 
 WEAK = 1e4
 """C of the last regression, on projections of variance 1: felt only where they separate."""
@@ -66,6 +72,20 @@ class TTPDProbe(LinearProbe):
     def said(self) -> str:
         by = f"polarity by {self.polarity}" if self.polarity else "without polarity"
         return f"truth and polarity directions (TTPD), {by}, C = {self.C:g}, standardise = {self.standardise}"
+
+    def beside(self, source: Source, rows: np.ndarray) -> dict[str, np.ndarray]:
+        if self.polarity is not None and self.polarity not in source.columns:
+            raise unknown(
+                "column",
+                self.polarity,
+                source.columns,
+                "TTPD reads a column of two values beside the label, which says of each statement whether "
+                f"it is affirmative or negated: give the data such a column named {self.polarity}, or name "
+                'yours with TTPDProbe(polarity="column"), or take TTPDProbe(polarity=None) where all '
+                "statements are affirmative (on the command line: --estimator ttpd:polarity=column, or "
+                "ttpd:polarity=null)",
+            )
+        return super().beside(source, rows)
 
     def _polarities(self, rows: int, problems: Problems) -> Tensor | None:
         if "polarity" not in problems.columns:

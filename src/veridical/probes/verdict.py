@@ -95,7 +95,8 @@ def _selectivity(best: SiteResult) -> str:
         return ""
     return (
         f"Selectivity (AUROC less that of the same probe on control labels, which are the labels permuted "
-        f"over pairs) is {_said(best.selectivity)}."
+        f"over pairs) is {_said(best.selectivity)}; the most that it could be here, with an AUROC of 1, is "
+        f"{number(float(1 - np.nanmean(best.control)))}."
     )
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from veridical import files
 from veridical.config import build, to_dict
 from veridical.errors import DamagedFileError, DataError, InputError, ModelError, NonFiniteError
-from veridical.probes.saved import canonical, digest, read_checked, write_folder
 from veridical.provenance import provenance
 from veridical.saes.config import SAEConfig
 from veridical.saes.formats import saelens
@@ -28,6 +27,7 @@ from veridical.saes.formats.sparsify import from_sparsify
 from veridical.saes.kinds import kind
 from veridical.saes.origin import SAEOrigin
 from veridical.saes.row_norm import RowNormalised
+from veridical.sealed import canonical, digest, read_checked, write_folder
 
 if TYPE_CHECKING:
     from veridical.saes.base import SAE

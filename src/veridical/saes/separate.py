@@ -156,7 +156,13 @@ def separate_labels(
     latents, groups = pooled_latents(sae, acts, pool), row_groups(acts)
     columns = {str(name): acts.rows[name].to_numpy() for name in acts.rows.columns if name != "split"}
     source = LabelSource(
-        (), lambda site: torch.from_numpy(latents), columns, groups, np.arange(len(groups)), None
+        (),
+        lambda site, rows: torch.from_numpy(latents[rows]),
+        {},
+        columns,
+        groups,
+        np.arange(len(groups)),
+        None,
     )
     conditions = as_conditions(where)
     options = {"target": target, "test_fraction": 0.5, "folds": 2, "seed": seed, "where": conditions}

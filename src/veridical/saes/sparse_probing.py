@@ -222,7 +222,10 @@ def sparse_probes(
         *source.notes,
         "Latents were chosen on the fitted pairs, so their folds flatter; held-out pairs do not.",
     )
-    made = replace(source, sites=tuple(sites), load=sites.__getitem__, notes=notes)
+    shapes = {name: tuple(x.shape[1:]) for name, x in sites.items()}
+    made = replace(
+        source, sites=tuple(sites), take=lambda name, rows: sites[name][rows], shapes=shapes, notes=notes
+    )
     sweep = run_sweep(made, task, config, LogisticProbe())
     control = _control(latents, source, task, ks, config)
     return SparseProbing(config.target, ks, sweep, {k: tuple(map(int, order[:k])) for k in ks}, control)
