@@ -151,6 +151,10 @@ def table(result: dict[str, Any]) -> str:
         "% past the warm-up, the first member as control. Speed: time of training all over time of sweeping, "
         f"median of the seeds, {result['threads']} threads.",
         "",
+        "With 4 slots members begin at other places of the stream than in the full training, and those that "
+        "come first to a rung have few to be compared with: more is spent where good ones are late on the "
+        "list, and of two that are nearly equal the other may win.",
+        "",
         "Command: `python tests/benchmarks/bench_sae_sweep.py --write`",
         "",
     ]
