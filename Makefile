@@ -21,6 +21,7 @@ bench: $(VENV)/.installed-dev  ## speed against peers; rewrites the tables in te
 	$(BIN)/python tests/benchmarks/bench_collect.py --write
 	$(BIN)/python tests/benchmarks/bench_probe.py --write
 	$(BIN)/python tests/benchmarks/bench_sae.py --write
+	$(BIN)/python tests/benchmarks/bench_sae_sweep.py --write
 
 organism: $(VENV)/.installed  ## trains data/tiny-liar again from nothing (under an hour on 2 cores)
 	$(BIN)/python -m veridical.organisms.make tiny-liar --out data/tiny-liar

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         view_tokens,
     )
     from veridical.reporting import report
-    from veridical.saes import SAEConfig, load_sae, train_saes
+    from veridical.saes import SAEConfig, load_sae, sweep_saes, train_saes
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "load_probe",
     "load_sae",
     "report",
+    "sweep_saes",
     "train_saes",
     "transfer_matrix",
     "view_tokens",
@@ -70,6 +71,7 @@ _HOME = {
     "load_probe": "probes",
     "load_sae": "saes",
     "report": "reporting",
+    "sweep_saes": "saes",
     "train_saes": "saes",
     "transfer_matrix": "probes",
     "view_tokens": "probes",

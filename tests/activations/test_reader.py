@@ -1,4 +1,5 @@
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -51,6 +52,19 @@ def test_every_vector_comes_exactly_once_and_sites_stay_aligned(acts, where, shu
     order = np.concatenate(seen)
     assert np.array_equal(np.sort(order), np.arange(len(acts)))
     assert np.array_equal(order, np.arange(len(acts))) != shuffle
+
+
+def test_a_worker_gets_the_store_and_not_its_vectors(acts, monkeypatch, tmp_path):
+    some = acts.filter(np.arange(len(TEXTS)) % 3 == 1)
+    _ = some["resid_post.1"]
+    sent = pickle.dumps(some)
+    assert len(sent) < 200_000
+    monkeypatch.chdir(tmp_path)
+    there = pickle.loads(sent)
+    assert torch.equal(there["resid_post.1"], some["resid_post.1"])
+    assert there.fingerprint == some.fingerprint
+    batches = zip(some.batches(64, seed=1), there.batches(64, seed=1), strict=True)
+    assert all(torch.equal(one[site], other[site]) for one, other in batches for site in one)
 
 
 def test_one_site_by_name_gives_tensors(acts):

@@ -159,6 +159,25 @@ def test_a_diverging_member_leaves_the_others_numbers_alone(data):
     assert_same(group.stack.member(0), alone.stack.member(0))
 
 
+def test_state_restores_with_a_member_that_has_not_begun(data):
+    def fresh():
+        group = Group([member("a", k=4, seed=0)], D, D)
+        group.stack.calibrate(data)
+        return group, group.stack.member(0)
+
+    whole, start = fresh()
+    train(whole, data, 7)
+    whole.add(member("b", k=4, seed=0), start)
+    kept = {name: value.clone() for name, value in whole.tensors().items()}
+    train(whole, data, 5, begin=7)
+    second = Group([member("a", k=4, seed=0), member("b", k=4, seed=0)], D, D)
+    second.members[0].seen = 7 * 64
+    second.load_tensors(kept)
+    train(second, data, 5, begin=7)
+    for name, value in whole.tensors().items():
+        assert torch.equal(value, second.tensors()[name]), name
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "gated"])
 def test_state_restores_to_the_same_bits(architecture, data):
     def fresh():

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -104,6 +104,10 @@ class FolderSource:
         self._index: dict[str, np.ndarray] | None = None
         for entry in entries:
             check_file(folder / entry.file, entry.bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process gets the folder and opens it anew: no vectors, no open files."""
+        return FolderSource, (self.folder.absolute(), self.manifest, self.entries)
 
     def part(self, site: str, number: int) -> Tensor:
         self.check(site, number)

@@ -6,7 +6,9 @@ them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead l
 
 `train_saes` in `trainer` steps members of like shape as one (`group`), over vectors from a store, tensors, an
 iterator or a running model (`stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
-vectors, `runs` is what comes back. `exclusive` checks a crosscoder's exclusive latents.
+vectors, `runs` is what comes back. `sweep_saes` in `sweep` cancels bad members early by the rules of
+`halving`, here or over a cluster (`ray_engine`); `tracking` sends figures to trackio or wandb.
+`exclusive` checks a crosscoder's exclusive latents.
 
 `saved` keeps an SAE as a SAELens folder, `formats` read those of other libraries. `evaluate` judges one on
 held-out rows (`held_out`) beside dictionaries that know nothing (`baselines`), and inside the model (`loss`,
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
     from veridical.saes.separate import Separation, separate_labels, separate_models
     from veridical.saes.sparse_probing import SparseProbing, sparse_probes
     from veridical.saes.splice import ablate, clamp, spliced, steer
+    from veridical.saes.sweep import sweep_saes
+    from veridical.saes.sweep_config import SweepConfig
+    from veridical.saes.swept import SAESweep
     from veridical.saes.trainer import train_saes
 
 _HOME = {
@@ -56,8 +61,10 @@ _HOME = {
     "SAEConfig": "config",
     "SAEOrigin": "origin",
     "SAERuns": "runs",
+    "SAESweep": "swept",
     "Separation": "separate",
     "SparseProbing": "sparse_probing",
+    "SweepConfig": "sweep_config",
     "ablate": "splice",
     "clamp": "splice",
     "evaluate_sae": "evaluate",
@@ -78,6 +85,7 @@ _HOME = {
     "sparse_probes": "sparse_probing",
     "spliced": "splice",
     "steer": "splice",
+    "sweep_saes": "sweep",
     "to_saelens": "formats",
     "top_tokens": "logit_effects",
     "train_saes": "trainer",
@@ -92,8 +100,10 @@ __all__ = [
     "SAEConfig",
     "SAEOrigin",
     "SAERuns",
+    "SAESweep",
     "Separation",
     "SparseProbing",
+    "SweepConfig",
     "ablate",
     "clamp",
     "evaluate_sae",
@@ -114,6 +124,7 @@ __all__ = [
     "sparse_probes",
     "spliced",
     "steer",
+    "sweep_saes",
     "to_saelens",
     "top_tokens",
     "train_saes",

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FIRED = 1e-3
 """A latent fires where it exceeds this (Gao et al. 2024); one that was picked with value 0 did not fire."""
 
+ENCODER_NORM = 0.5
+"""Norm of encoder rows at the start."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -104,12 +107,17 @@ class SAE(nn.Module):
     @classmethod
     def initial(cls, config: SAEConfig, d_in: int, d_out: int) -> dict[str, Tensor]:
         """Initial parameters of one SAE, from its seed: random directions of norm 1 in the decoder, and the
-        encoder its transpose where shapes allow (Gao et al. 2024)."""
+        same in the encoder (Gao et al. 2024) where shapes allow, half as long, so that they turn faster."""
         random = torch.Generator().manual_seed(config.seed)
         width = config.latents(d_in)
         W_dec = unit_rows(torch.randn(width, d_out, generator=random))
         W_enc = W_dec.clone() if d_in == d_out else unit_rows(torch.randn(width, d_in, generator=random))
-        return {"W_enc": W_enc, "b_enc": torch.zeros(width), "W_dec": W_dec, "b_dec": torch.zeros(d_out)}
+        return {
+            "W_enc": ENCODER_NORM * W_enc,
+            "b_enc": torch.zeros(width),
+            "W_dec": W_dec,
+            "b_dec": torch.zeros(d_out),
+        }
 
     # Forward
 

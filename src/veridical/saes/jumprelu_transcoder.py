@@ -43,7 +43,7 @@ class JumpReLUTranscoder(JumpReLU):
         return predicted + self.inputs(x) @ self.W_skip.mT / self.scale_out
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """As for JumpReLU; latents have to make up the target less what the skip path predicts."""
         y = x if y is None else y

@@ -85,7 +85,7 @@ class RowNormalised(SAE):
         return self
 
     def loss(
-        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: float = 1.0
+        self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
     ) -> Loss:
         """Refused: such SAEs are read, not trained."""
         raise InputError(

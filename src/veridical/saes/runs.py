@@ -88,17 +88,11 @@ class SAERuns:
         Raises:
             DataError: No SAE is left to choose from.
         """
-        found = [
-            run
-            for run in self.runs
-            if run.figures is not None and (l0 is None or run.figures.l0 <= l0) and run.sae is not None
-        ]
+        found = [(figures.fvu, sae) for _, sae, figures in self._finished() if l0 is None or figures.l0 <= l0]
         if not found:
             limit = "" if l0 is None else f" with L0 of at most {l0:g}"
             raise DataError(f"none of {len(self.runs)} SAEs was trained to the end{limit}")
-        chosen = min(found, key=lambda run: run.figures.fvu if run.figures else float("inf"))
-        assert chosen.sae is not None
-        return chosen.sae
+        return min(found, key=lambda one: one[0])[1]
 
     def to_frame(self) -> pd.DataFrame:
         """One line per member: its config in short, its held-out figures, and whether it was cancelled."""
@@ -116,16 +110,13 @@ class SAERuns:
         from veridical.reporting.figures import COLOURS, figure, plain, style
 
         drawn = figure()
-        done = [(run, run.figures) for run in self.runs if run.figures is not None]
-        families = dict.fromkeys(
-            f"{run.config.architecture}, {run.sae.width:,}" for run, _ in done if run.sae
-        )
-        for family, colour in zip(families, COLOURS * (1 + len(families) // len(COLOURS))):
-            some = [
-                (run, f)
-                for run, f in done
-                if run.sae and family == f"{run.config.architecture}, {run.sae.width:,}"
-            ]
+        families: dict[str, list[tuple[Run, Figures]]] = {}
+        for run, sae, figures in self._finished():
+            families.setdefault(f"{run.config.architecture}, {sae.width:,} latents", []).append(
+                (run, figures)
+            )
+        colours = COLOURS * (1 + len(families) // len(COLOURS))
+        for (family, some), colour in zip(families.items(), colours):
             drawn.add_trace(
                 go.Scatter(
                     x=[figures.l0 for _, figures in some],
@@ -134,7 +125,7 @@ class SAERuns:
                     hovertemplate="%{text}<br>L0 %{x:.3g}, FVU %{y:.3g}<extra></extra>",
                     mode="markers",
                     marker={"color": colour, "size": 9},
-                    name=plain(f"{family} latents"),
+                    name=plain(family),
                 )
             )
         return style(
@@ -145,7 +136,7 @@ class SAERuns:
         """The table and the figure as a section of a report."""
         from veridical.reporting.section import Section
 
-        done = [run for run in self.runs if run.figures is not None]
+        done = self._finished()
         gone = [f"{run.name} was cancelled: {run.cancelled}." for run in self.runs if run.cancelled]
         text = (
             f"{len(self.runs)} sparse autoencoders over one stream of activations. Figures are on vectors "
@@ -153,9 +144,8 @@ class SAERuns:
         )
         headline = []
         if done:
-            best = min(done, key=lambda run: run.figures.fvu if run.figures else float("inf"))
-            assert best.figures is not None
-            headline.append(("least FVU", f"{best.figures.fvu:.3g} ({best.name}, L0 {best.figures.l0:.3g})"))
+            run, _, figures = min(done, key=lambda one: one[2].fvu)
+            headline.append(("least FVU", f"{figures.fvu:.3g} ({run.name}, L0 {figures.l0:.3g})"))
         return Section(
             title="Sparse autoencoders",
             text="\n\n".join([text, *gone]),
@@ -164,13 +154,19 @@ class SAERuns:
             headline=tuple(headline),
         )
 
+    def _finished(self) -> list[tuple[Run, SAE, Figures]]:
+        """Members that were trained to the end, with their SAE and figures."""
+        return [
+            (run, run.sae, run.figures)
+            for run in self.runs
+            if run.sae is not None and run.figures is not None
+        ]
+
     def __repr__(self) -> str:
-        done = [run.figures for run in self.runs if run.figures is not None]
-        gone = f", {len(self.runs) - len(done)} cancelled" if len(done) < len(self.runs) else ""
-        span = ""
-        if done:
-            fvus = [figures.fvu for figures in done]
-            span = f", FVU {min(fvus):.3g} to {max(fvus):.3g}" if len(done) > 1 else f", FVU {fvus[0]:.3g}"
+        fvus = sorted(figures.fvu for _, _, figures in self._finished())
+        gone = f", {len(self.runs) - len(fvus)} cancelled" if len(fvus) < len(self.runs) else ""
+        span = f", FVU {fvus[0]:.3g}" if fvus else ""
+        span += f" to {fvus[-1]:.3g}" if len(fvus) > 1 else ""
         return f"SAERuns({len(self.runs)} SAEs{span}{gone})"
 
     def _repr_html_(self) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from veridical.errors import DataError, InputError, NonFiniteError, unknown
@@ -178,11 +179,11 @@ class TensorStream(Stream):
 
     @property
     def identity(self) -> str:
-        parts = [b"tensors", str(self._seed).encode()]
+        parts = ["tensors", str(self._seed)]
         for site, values in self._tensors.items():
             whole = values.detach().cpu().contiguous()
-            parts += [site.encode(), str(whole.dtype).encode(), str(tuple(whole.shape)).encode()]
-            parts.append(fingerprint([whole.view(torch.uint8).numpy().tobytes()]).encode())
+            parts += [site, str(whole.dtype), str(tuple(whole.shape))]
+            parts.append(xxhash.xxh3_128_hexdigest(whole.view(torch.uint8).numpy().data))
         return fingerprint(parts)
 
     def _at(self, picks: np.ndarray) -> Batch:

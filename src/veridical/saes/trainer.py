@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from torch import Tensor
 from veridical.config import build, to_dict
 from veridical.errors import ConfigError, DamagedFileError, DiskFullError, InputError
 from veridical.progress import bar
-from veridical.provenance import provenance
+from veridical.provenance import fingerprint, provenance
 from veridical.saes.base import SAE, Loss
 from veridical.saes.checkpoint import Folder
-from veridical.saes.config import SAEConfig
+from veridical.saes.config import TRANSCODERS, SAEConfig
 from veridical.saes.group import Group, Member, shape_key
 from veridical.saes.kinds import kind
 from veridical.saes.measure import Figures, measure
 from veridical.saes.origin import SAEOrigin
 from veridical.saes.runs import Run, SAERuns
 from veridical.saes.stream import Batch, Stream, as_stream, check_finite, check_size
+from veridical.saes.tracking import Tracking
 
 log = logging.getLogger(__name__)
 SAMPLE = 8192
@@ -52,6 +54,8 @@ def train_saes(
     seed: int = 0,
     checkpoint_minutes: float = 5.0,
     device: str | torch.device | None = None,
+    tracker: str | None = None,
+    project: str = "veridical",
     progress: bool | None = None,
     **options: Any,
 ) -> SAERuns:
@@ -69,6 +73,9 @@ def train_saes(
         seed: Seed of the order of the vectors and of what is held out.
         checkpoint_minutes: Minutes between checkpoints; the last two are kept.
         device: Where to train; a GPU if there is one.
+        tracker: `trackio` or `wandb`: log every member as a run of its own there; nothing is sent when not
+            given.
+        project: Project that the tracker's runs are put into.
         progress: Progress bar; by default only on a terminal or in a notebook.
         **options: Fields of `SAEConfig`, for all configs.
 
@@ -90,6 +97,7 @@ def train_saes(
     if store is not None:
         asked = {"seed": seed, "holdout": holdout, "configs": [to_dict(config) for config in wanted]}
         training.keep_in(Folder(store, {**asked, "data": stream.identity}), checkpoint_minutes * 60)
+    training.track(tracker, project)
     return training.run()
 
 
@@ -101,12 +109,19 @@ class _Training:
     ) -> None:
         self.stream, self.device, self.progress = stream, device, progress
         self.folder: Folder | None = None
+        self.tracking: Tracking | None = None
         self.every = float("inf")
         self.steps, self.seconds = 0, 0.0
         self.size = max(config.batch for config in configs)
         self.runs: dict[str, Run] = {}
         self.members = self._named(configs)
-        self.groups = self._grouped(self.members)
+        self.groups = self._grouped(self._first())
+
+    @cached_property
+    def sample(self) -> Batch:
+        """Training vectors for scales, biases and variances; asked for before the stream moves, so that it is
+        the same whenever a member starts."""
+        return self.stream.sample(SAMPLE)
 
     def keep_in(self, folder: Folder, every: float) -> None:
         """Takes up the run that a folder holds, and keeps checkpoints there every so many seconds."""
@@ -115,16 +130,21 @@ class _Training:
         if found is not None:
             self._restore(*found)
 
+    def track(self, tracker: str | None, project: str) -> None:
+        """Sends figures to a tracker from here on, if one is named."""
+        if tracker is not None:
+            configs = {member.name: to_dict(member.config) for member in self.members}
+            store = None if self.folder is None else fingerprint([str(self.folder.path.absolute())])
+            self.tracking = Tracking(tracker, project, configs, store)
+
     def run(self) -> SAERuns:
         """Trains until every member is done."""
+        check_finite(self.sample, "in a sample of the training vectors")
         if self.steps == 0:
-            sample = self.stream.sample(SAMPLE)
-            check_finite(sample, "in a sample of the training vectors")
             check_finite(self.stream.held_out, "among the held-out vectors")
             for group in self.groups:
-                group.stack.calibrate(*self._read(group.members[0].config, sample))
-        total = max(member.tokens for member in self.members)
-        with bar(total, "SAEs", "tokens", self.progress) as shown:
+                group.stack.calibrate(*self._read(group.members[0].config, self.sample))
+        with bar(self._length(), "SAEs", "tokens", self.progress) as shown:
             shown.update(self.steps * self.size)
             if self.groups:
                 self._train(shown)
@@ -141,6 +161,7 @@ class _Training:
             for group in list(self.groups):
                 self._step(group, batch)
             self.steps += 1
+            self._settle()
             shown.update(self.size)
             self.seconds = before + time.monotonic() - began
             if not self.groups:
@@ -149,6 +170,9 @@ class _Training:
                 self._checkpoint()
                 kept = time.monotonic()
         self._checkpoint()
+
+    def _settle(self) -> None:
+        """What happens between two steps: nothing here; a sweep judges its members and starts others."""
 
     def _step(self, group: Group, batch: Batch) -> None:
         x, y = self._read(group.members[0].config, batch)
@@ -168,6 +192,8 @@ class _Training:
             if member.seen // every > (member.seen - group.batch) // every or member.done or not sound:
                 parts = {name: float(value[number]) for name, value in loss.parts.items()}
                 member.history.append({"tokens": member.seen, "loss": float(total[number]), **parts})
+                if self.tracking is not None:
+                    self.tracking.log(member.name, member.seen, {"loss": float(total[number]), **parts})
         for member, sound in list(zip(group.members, finite)):
             if not sound:
                 rate = member.config.learning_rate(group.d_in)
@@ -185,7 +211,11 @@ class _Training:
         if self.folder is not None:
             facts = {"cancelled": cancelled, "seen": member.seen, "history": _plain(member.history)}
             self.folder.write_member(member.name, {} if cancelled else sae.state_dict(), facts)
-        self.runs[member.name] = self._run(member, sae, cancelled)
+        run = self.runs[member.name] = self._run(member, sae, cancelled)
+        if self.tracking is not None:
+            last = {} if run.figures is None else asdict(run.figures)
+            held_out = {f"held_out/{name}": value for name, value in last.items()}
+            self.tracking.finish(member.name, member.seen, held_out, cancelled is not None)
 
     def _run(self, member: Member, sae: SAE, cancelled: str | None) -> Run:
         folded = None if cancelled else sae.folded()
@@ -201,11 +231,19 @@ class _Training:
         return Run(member.name, member.config, folded, figures, member.seen, tuple(member.history), cancelled)
 
     def _measure(self, sae: SAE) -> Figures:
-        x, y = self._read(sae.config, self.stream.held_out or self.stream.sample(SAMPLE))
+        x, y = self._read(sae.config, self.stream.held_out or self.sample)
         size = max(LATENT_BYTES // (4 * sae.width), 1)
         return measure(sae, ((x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)))[0]
 
     # Members
+
+    def _first(self) -> list[Member]:
+        """The members that begin at once."""
+        return self.members
+
+    def _length(self) -> int | None:
+        """Tokens that will be read, where that is known."""
+        return max(member.tokens for member in self.members)
 
     def _named(self, configs: list[SAEConfig]) -> list[Member]:
         names: dict[str, int] = {}
@@ -243,7 +281,7 @@ class _Training:
 
     def _sites(self, config: SAEConfig) -> list[str]:
         """The stream's names of what a config reads: input and target, or a crosscoder's sites."""
-        if config.architecture == "transcoder" and not config.reads:
+        if config.architecture in TRANSCODERS and not config.reads:
             raise ConfigError(f"{config.label}: a transcoder needs site and target_site")
         return [self.stream.site(name) for name in config.reads or (None,)]
 
@@ -279,6 +317,7 @@ class _Training:
             "stream": self.stream.state(),
             "finished": list(self.runs),
             "groups": [[_member_state(member) for member in group.members] for group in self.groups],
+            **self._own_state(),
         }
         try:
             self.folder.write(self.steps, tensors, state)
@@ -286,6 +325,10 @@ class _Training:
             if not self.groups:
                 raise
             log.warning("no checkpoint after %s steps, training goes on: %s", f"{self.steps:,}", error)
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside members and stream: nothing here."""
+        return {}
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         by_name = {member.name: member for member in self.members}
