@@ -43,6 +43,9 @@ def _main(words: list[str]) -> int:
 
         sys.stdout.write(f"veridical {__version__}\n")
         return 0
+    if words[0] == "sae" and words[1:] in (["-h"], ["--help"]):
+        sys.stdout.write(_overview("sae "))
+        return 0
     verb, words = _take_verb(words)
     options = parse(verb, words)
     if options is None:
@@ -64,11 +67,14 @@ def _take_verb(words: list[str]) -> tuple[str, list[str]]:
         return "probe", words[2:]
     if " ".join(words[:2]) in VERBS:
         return " ".join(words[:2]), words[2:]
-    if words[0] not in VERBS:
-        raise unknown("verb", words[0], VERBS, "See veridical --help")
     parts = [verb.removeprefix(f"{words[0]} ") for verb in VERBS if verb.startswith(f"{words[0]} ")]
+    if words[0] not in VERBS and not parts:
+        raise unknown("verb", words[0], VERBS, "See veridical --help")
     if parts and len(words) > 1 and not words[1].startswith("-"):
-        raise unknown(f"job of veridical {words[0]}:", words[1], ["fit", *parts])
+        own = ["fit"] if words[0] in VERBS else []
+        raise unknown(f"job of veridical {words[0]}:", words[1], [*own, *parts])
+    if words[0] not in VERBS:
+        raise ConfigError(f"veridical {words[0]} needs a job: {', '.join(parts)}; see veridical --help")
     return words[0], words[1:]
 
 
@@ -158,16 +164,19 @@ def _complaint(box: str) -> str:
     return " ".join(part for part in said if part) or "wrong use of the command line"
 
 
-def _overview() -> str:
+def _overview(of: str = "") -> str:
+    """The verbs with their examples; with `of`, those that begin so."""
     from veridical.verbs import VERBS
 
     lines = [
-        "usage: veridical VERB [options]",
+        f"usage: veridical {of}{'JOB' if of else 'VERB'} [options]",
         "",
         "Asks a language model what it represents and whether it says what it believes.",
         "",
     ]
     for name, cls in VERBS.items():
+        if not name.startswith(of):
+            continue
         doc = (cls.__doc__ or "").strip().splitlines()
         example = next((line.strip() for line in doc if line.strip().startswith("Example: ")), "")
         lines += [f"  {name:16}{doc[0]}", f"                  {example.removeprefix('Example: ')}"]

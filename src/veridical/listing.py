@@ -1,4 +1,4 @@
-"""What `veridical ls` shows: embedded models and pairs; probes, erasers, results and runs in a folder."""
+"""What `veridical ls` shows: embedded models and pairs; probes, SAEs, erasers, results, runs of a folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def listing(folder: Path) -> str:
     except StoreError as error:  # a copy of the package without its data can still list a folder
         inside = [f"  {error}"]
     lines = ["Embedded (use the name as --model or --data)", *inside, "", f"In {folder}"]
-    return "\n".join([*lines, *(_aligned(here) if here else ["  no probe, eraser, store or run"])])
+    return "\n".join([*lines, *(_aligned(here) if here else ["  no probe, SAE, eraser, store or run"])])
 
 
 def embedded() -> Iterator[Item]:
@@ -58,7 +58,7 @@ def embedded() -> Iterator[Item]:
 
 
 def found(folder: Path) -> Iterator[Item]:
-    """Probes, erasers, stores, results and runs in `folder`, at most four levels deep."""
+    """Probes, SAEs, erasers, stores, results and runs in `folder`, at most four levels deep."""
     for place, folders, names in os.walk(folder):
         here = Path(place)
         depth = len(here.relative_to(folder).parts)
@@ -76,6 +76,8 @@ def found(folder: Path) -> Iterator[Item]:
 def _item(here: Path, names: set[str]) -> Item | None:
     if "manifest.json" in names:
         return _store(here)
+    if names & {"sae_weights.safetensors", "sae.veridical.safetensors"}:
+        return _sae(here, names)
     if {"config.json", "weights.safetensors"} <= names:
         return _fitted(here)
     if {"result.json", "section.json"} <= names:
@@ -111,6 +113,19 @@ def _fitted(here: Path) -> Item | None:
     if metrics.get("auroc") is not None:
         said.append(f"AUROC {metrics['auroc']:.3f}")
     return Item(str(here), "probe", _size(here), ", ".join(said))
+
+
+def _sae(here: Path, names: set[str]) -> Item:
+    """A sparse autoencoder with its site and figures, or one that another library saved."""
+    if "config.json" not in names:
+        return Item(str(here), "SAE", _size(here), "of SAELens")
+    config = read_json(here / "config.json")
+    options, figures = config["sae"], config["origin"]["metrics"]
+    said = [str(options["architecture"])]
+    said += [site for site in (options["site"], *options["sites"]) if site]
+    if figures.get("l0") is not None and figures.get("fvu") is not None:
+        said.append(f"L0 {figures['l0']:.3g}, FVU {figures['fvu']:.3f}")
+    return Item(str(here), "SAE", _size(here), ", ".join(said))
 
 
 def _result(here: Path, kind: str) -> Item:

@@ -104,6 +104,10 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "probe eval": job("probing", "evaluate"),
     "probe transfer": job("probing", "transfer"),
     "probe monitor": job("probing", "monitor"),
+    "sae train": job("saes.jobs", "train"),
+    "sae sweep": job("saes.jobs", "sweep"),
+    "sae eval": job("saes.jobs", "evaluate"),
+    "sae features": job("saes.jobs", "features"),
     "report": assemble,
     "ls": ls,
 }

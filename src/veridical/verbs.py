@@ -13,46 +13,10 @@ import tyro
 from pydantic.dataclasses import dataclass
 
 from veridical.config import STRICT, BeliefConfig, CollectConfig, ProbeConfig
-from veridical.errors import ConfigError
+from veridical.inputs import Folders, Inputs, OutFolder
+from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
 
-Folders = tyro.conf.Positional[tuple[Path, ...]]
-OutFolder = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 DemoFolder = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class Inputs:
-    """The model and the data that a verb works on."""
-
-    model: str | None = None
-    """Model: a local folder, a hub name, or an embedded organism (`veridical ls` lists them). Required."""
-    data: str | None = None
-    """Data: an embedded name, a csv/jsonl/parquet file, a data set folder, or a hub id. Required."""
-    adapter: str | None = None
-    """How to read the data (truthfulqa, statements, ...); recognised by its columns when not given."""
-    limit: int | None = None
-    """Keep at most this many pairs, drawn with the seed; for a quick look."""
-    device: str | None = None
-    """Device such as cpu or cuda:0; chosen with a stated reason when not given."""
-    model_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Number format of the model's weights; chosen with a stated reason when not given."""
-    trust_remote_code: bool = False
-    """Run code that the model's repository brings along. Only for repositories you trust."""
-
-    def require(self, verb: str, *names: str) -> None:
-        """Refuses a run that lacks an input: model and data, or those named.
-
-        Raises:
-            ConfigError: One of them was not given.
-        """
-        for name in names or ("model", "data"):
-            if not getattr(self, name):
-                how = "the folder of a saved probe" if name == "probe" else f"--{name}"
-                raise ConfigError(
-                    f"{verb} needs {how} (or `{name}:` in its recipe); see veridical {verb} --help"
-                )
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit = {self.limit}: expected at least one pair")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -207,7 +171,7 @@ class ReportVerb:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LsVerb:
-    """Lists embedded models and pairs, and the probes, stores and runs in a folder.
+    """Lists embedded models and pairs, and the probes, SAEs, stores and runs in a folder.
 
     Example: veridical ls runs
     """
@@ -236,6 +200,10 @@ VERBS: dict[str, type] = {
     "probe eval": ProbeEvalVerb,
     "probe transfer": ProbeTransferVerb,
     "probe monitor": ProbeMonitorVerb,
+    "sae train": SAETrainVerb,
+    "sae sweep": SAESweepVerb,
+    "sae eval": SAEEvalVerb,
+    "sae features": SAEFeaturesVerb,
     "report": ReportVerb,
     "ls": LsVerb,
 }

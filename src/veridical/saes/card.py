@@ -13,13 +13,13 @@ USE = """```python
 import veridical as vd
 
 sae = vd.load_sae("this folder")
-latents = sae.encode(x)   # x: activations [rows, {d_in}]{site}
+latents = sae.encode(x)  # x: activations [rows, {d_in}]{site}
 sae.evaluate(model, held_out_texts)
 ```"""
 PEER = """```python
 import sae_lens
 
-sae = sae_lens.SAE.load_from_disk("this folder")   # the same output
+sae = sae_lens.SAE.load_from_disk("this folder")  # the same output
 ```"""
 LIMITS = (
     "A latent is a direction that was useful for reconstruction. That it is a feature of the model, and what "
