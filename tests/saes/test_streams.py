@@ -10,7 +10,8 @@ from planted_features import activations
 
 import veridical as vd
 from veridical.errors import DataError, InputError, NonFiniteError, StoreMismatchError, UnknownNameError
-from veridical.saes.stream import IteratorStream, ModelStream, StoreStream, TensorStream, held_out_rows
+from veridical.saes.model_stream import ModelStream
+from veridical.saes.stream import IteratorStream, StoreStream, TensorStream, held_out_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "activations"))
 

@@ -5,9 +5,9 @@ a penalty for active latents; `topk`, `batch_topk`, `matryoshka`, `transcoder`, 
 them and train sparsely (`sparse`, over `kernels`), with `auxk` for their dead latents.
 
 `train_saes` in `trainer` steps members of like shape as one (`group`), over vectors from a store, tensors, an
-iterator or a running model (`stream`), with exact resume (`checkpoint`); `measure` gives figures on held-out
-vectors, `runs` is what comes back. `sweep_saes` in `sweep` cancels bad members early by the rules of
-`halving`, here or over a cluster (`ray_engine`); `tracking` sends figures to trackio or wandb.
+iterator (`stream`) or a running model (`model_stream`), with exact resume (`checkpoint`); `measure` gives
+figures on held-out vectors, `runs` is what comes back. `sweep_saes` in `sweep` cancels bad members early by
+the rules of `halving`, here or over a cluster (`ray_engine`); `tracking` sends figures to trackio or wandb.
 `exclusive` checks a crosscoder's exclusive latents.
 
 `saved` keeps an SAE as a SAELens folder, `formats` read those of other libraries. `evaluate` judges one on

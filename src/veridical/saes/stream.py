@@ -20,14 +20,9 @@ from veridical.provenance import fingerprint
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
-    from veridical.models import HookedModel
 
 HELD_OUT = 16_384
 """Held-out vectors at most."""
-WINDOW = 64
-"""Batches that a running model's vectors are shuffled among."""
-TEXTS = 64
-"""Texts that a model is run on at a time."""
 Batch = dict[str, Tensor]
 
 
@@ -117,6 +112,8 @@ def as_stream(
     if not 0 <= holdout < 1:
         raise InputError(f"holdout is {holdout}; expected a share from 0 to below 1")
     if model is not None:
+        from veridical.saes.model_stream import ModelStream
+
         return ModelStream(model, data, sites, holdout, seed, read)
     if hasattr(data, "batches") and hasattr(data, "request"):
         return StoreStream(data, sites, holdout, seed)
@@ -153,7 +150,7 @@ class TensorStream(Stream):
         self.widths = {site: values.shape[1] for site, values in self._tensors.items()}
         count = next(iter(lengths.values()))
         picks = np.random.default_rng([seed, 0]).permutation(count)
-        held = _held_count(count, holdout)
+        held = held_count(count, holdout)
         self.held_out = self._at(picks[:held]) if held else {}
         self._picks, self._seed, self._pass, self._done = np.sort(picks[held:]), seed, 0, 0
         self.vectors = len(self._picks)
@@ -281,7 +278,7 @@ class IteratorStream(Stream):
 
     def sample(self, size: int) -> Batch:
         self._fill(size)
-        return {site: values[:size] for site, values in _joined(self._pending).items()}
+        return {site: values[:size] for site, values in joined(self._pending).items()}
 
     def state(self) -> dict[str, Any]:
         return {"taken": self._taken}
@@ -301,108 +298,20 @@ class IteratorStream(Stream):
 
     def _fill(self, size: int) -> bool:
         """Reads ahead until `size` vectors wait; False if there are not so many."""
-        waiting = sum(map(_length, self._pending))
+        waiting = sum(map(length, self._pending))
         while waiting < size:
             piece = next(self._pieces, None)
             if piece is None:
                 return False
             self._pending.append(piece)
-            waiting += _length(piece)
+            waiting += length(piece)
         return True
 
     def _take(self, size: int) -> Batch:
-        whole = _joined(self._pending)
+        whole = joined(self._pending)
         rest = {site: values[size:] for site, values in whole.items()}
-        self._pending = [rest] if _length(rest) else []
+        self._pending = [rest] if length(rest) else []
         return {site: values[:size] for site, values in whole.items()}
-
-
-class ModelStream(Stream):
-    """Vectors of a model that runs as training goes on: nothing is stored.
-
-    Texts come in an order that follows from the seed and the pass. Vectors are shuffled within windows of
-    about `WINDOW` batches; what is left of a window, less than a batch, is passed over.
-    """
-
-    def __init__(
-        self, model: Any, data: Any, sites: Sequence[str], holdout: float, seed: int, tokens: str | int
-    ) -> None:
-        from veridical.activations.collect import _loaded
-        from veridical.activations.data import read_data
-
-        self._model: HookedModel = _loaded(model)
-        self._corpus, self._tokens, self._seed = read_data(data), tokens, seed
-        self._sites = [site.name for site in self._model.resolve(list(sites) or ["resid_post.*"])]
-        self.widths = {site: int(np.prod(self._model.width(site))) for site in self._sites}
-        count = len(self._corpus)
-        picks = np.random.default_rng([seed, 0]).permutation(count)
-        held = _held_count(count, holdout)
-        self._rows = np.sort(picks[held:])
-        self.vectors = None
-        self._pass = self._row = self._done = 0
-        self.held_out = self._collect(picks[:held], HELD_OUT) if held else {}
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        while True:
-            order = np.random.default_rng([self._seed, 1, self._pass]).permutation(self._rows)
-            if self._row >= len(order):
-                self._pass, self._row, self._done = self._pass + 1, 0, 0
-                continue
-            window, after = self._window(order, size)
-            count = _length(window)
-            if count < size and self._row == 0 and after >= len(order):
-                raise DataError(f"the texts have {count} training vectors, fewer than one batch of {size}")
-            mixed = np.random.default_rng([self._seed, 2, self._pass, self._row]).permutation(count)
-            numbers = torch.from_numpy(mixed)
-            while self._done + size <= count:
-                self._done += size
-                some = numbers[self._done - size : self._done]
-                yield {site: values[some] for site, values in window.items()}
-            self._row, self._done = after, 0
-
-    def sample(self, size: int) -> Batch:
-        return self._collect(np.random.default_rng([self._seed, 3]).permutation(self._rows), size)
-
-    def state(self) -> dict[str, Any]:
-        return {"pass": self._pass, "row": self._row, "done": self._done}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self._pass, self._row, self._done = (int(state[name]) for name in ("pass", "row", "done"))
-
-    @property
-    def identity(self) -> str:
-        from veridical.activations.data import rows_fingerprint
-
-        facts = [str(self._tokens), str(self._seed), rows_fingerprint(self._corpus.rows), *self._sites]
-        return fingerprint([self._model.fingerprint(), *facts])
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        model = {"model": self._model.path, "model_fingerprint": self._model.fingerprint()}
-        return {**model, "tokens": str(self._tokens)}
-
-    def _window(self, order: np.ndarray, size: int) -> tuple[Batch, int]:
-        """Vectors of the texts from the current one on, and the first text that is not among them."""
-        parts, after = [], self._row
-        while after < len(order) and sum(map(_length, parts)) < WINDOW * size:
-            parts.append(self._read(order[after : after + TEXTS]))
-            after += TEXTS
-        return _joined(parts), after
-
-    def _collect(self, rows: np.ndarray, most: int) -> Batch:
-        parts: list[Batch] = []
-        for at in range(0, len(rows), TEXTS):
-            parts.append(self._read(rows[at : at + TEXTS]))
-            if sum(map(_length, parts)) >= most:
-                break
-        return {site: values[:most] for site, values in _joined(parts).items()}
-
-    def _read(self, rows: np.ndarray) -> Batch:
-        from veridical.activations import collect
-
-        corpus = self._corpus.take(rows)
-        acts = collect(self._model, corpus, sites=self._sites, tokens=self._tokens, progress=False)
-        return {site: acts[site].flatten(1) for site in self._sites}
 
 
 def held_out_rows(acts: Activations, share: float, seed: int) -> tuple[Activations, Activations | None]:
@@ -457,17 +366,20 @@ def _pieces(source: Iterable[Any]) -> Iterator[Batch]:
         yield {site: values.flatten(1) for site, values in tensors.items()}
 
 
-def _joined(parts: list[Batch]) -> Batch:
+def joined(parts: list[Batch]) -> Batch:
+    """Batches one after the other as one."""
     if len(parts) == 1:
         return parts[0]
     return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
 
-def _length(batch: Batch) -> int:
+def length(batch: Batch) -> int:
+    """Vectors in a batch."""
     return len(next(iter(batch.values())))
 
 
-def _held_count(count: int, share: float) -> int:
+def held_count(count: int, share: float) -> int:
+    """How many of `count` vectors or texts are held out."""
     return 0 if share == 0 else min(max(1, round(share * count)), HELD_OUT, count - 1)
 
 
