@@ -342,7 +342,10 @@ def test_a_store_of_other_rules_is_refused(tmp_path):
     swept(tmp_path)
     with pytest.raises(StoreMismatchError, match=r"sweep.eta is 2.0 there, 3.0 here"):
         swept(tmp_path, eta=3.0)
+    (tmp_path / checkpoint.MEMBERS / ".wild.json.x1y2.tmp").write_text("half")
+    before = {name for name in members(tmp_path) if not name.startswith(".")}
     assert len(swept(tmp_path)) == 8  # finished: nothing is trained again
+    assert set(members(tmp_path)) == before  # what a killed write left is gone
 
 
 # Recipes in the repository

@@ -51,6 +51,8 @@ class Folder:
                 f"{self.path} holds another training run: {_difference(found, asked)}. Choose another store, "
                 "or delete this one"
             )
+        for leftover in self.path.glob("*/.*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes the checkpoint after `step`, then deletes all but the last two.
