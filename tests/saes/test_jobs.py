@@ -454,6 +454,18 @@ def test_recipes_in_the_repository_are_valid():
     assert large.warmup + large.decay == pytest.approx(1)
 
 
+def test_jobs_are_listed_and_others_refused(capsys):
+    assert cli.main(["sae", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  sae {job} " in said for job in ("train", "sweep", "eval", "features"))
+    assert "probe" not in said.split("Every verb")[0].replace("probes", "")
+    assert "needs a job: train, sweep, eval, features" in fails(capsys, "sae")
+    assert "nearest: features" in fails(capsys, "sae", "feature")
+    for job in ("train", "sweep", "eval", "features"):
+        assert cli.main(["sae", job, "--help"]) == 0
+        assert f"Example: veridical sae {job}" in capsys.readouterr().out
+
+
 def test_names_of_folders_are_told_apart(tmp_path):
     one, two = tmp_path / "a" / "best", tmp_path / "b" / "best"
     assert list(steps.named({one: 1, two: 2})) == ["a-best", "b-best"]

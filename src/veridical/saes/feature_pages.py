@@ -121,8 +121,8 @@ def _shown(table: FeatureTable, feature: int) -> tuple[str, ...]:
 
 
 def _strongest(table: FeatureTable, feature: int) -> str:
-    found = table.examples(feature)
-    return found[0].tokens[found[0].at] if found else ""
+    at = int(table.strongest[0, feature]) if len(table.strongest) else -1
+    return str(table.acts.index["token"].iat[at]) if at >= 0 else ""
 
 
 def _histogram(table: FeatureTable, feature: int, values: np.ndarray) -> go.Figure:

@@ -152,7 +152,7 @@ class FeatureTable:
         rows, positions = index["row"].to_numpy(), index["position"].to_numpy()
         near = np.arange(max(0, vector - self.context), min(len(rows), vector + self.context + 1))
         near = near[rows[near] == rows[vector]]
-        x = self.acts[self.site][torch.from_numpy(near)].flatten(1).to(self.sae.W_dec.device)
+        x = self.acts.take(self.site, near).flatten(1).to(self.sae.W_dec.device)
         with torch.no_grad():
             values = self.sae.encode(x)[:, feature].double().tolist()
         at = int(np.flatnonzero(near == vector)[0])
