@@ -151,6 +151,8 @@ def test_a_store_takes_the_place_of_a_model(capsys, model_folder, data, tmp_path
     sae = load_sae(out / "saes" / line["name"])
     assert line["fvu"] == pytest.approx(sae.evaluate(held, bootstrap=20).metrics["fvu"].value, rel=1e-6)
     assert line["rows"] == len(held)
+    run(capsys, "sae", "train", "--activations", store, "--out", out, "--k", "4", *SMALL, "--eval-texts", "5")
+    assert json.loads((out / "metrics.json").read_text())["saes"][0]["texts"] == 5
     said = fails(capsys, "sae", "train", "--activations", store, *words, *SMALL)
     assert "takes the place of --model and --data" in said
     assert "no activation store" in fails(
@@ -393,6 +395,7 @@ def test_an_sae_of_another_model_is_said(capsys, trained, tiny, tokenizer, data,
         (["--batch", "100000"], "lower batch"),
         (["--text", "storey"], "storey"),
         (["--holdout", "1"], "holdout"),
+        (["--eval-texts", "0"], "eval_texts = 0"),
         (["--tokens", "10"], "tokens is 10, less than a batch"),
         (["--architecture", "transcoder"], "names both site and target_site"),
         (["--name", "a/b"], "letters, digits"),

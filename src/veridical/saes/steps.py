@@ -89,6 +89,8 @@ def material(options: SAETraining, configs: Sequence[SAEConfig], verb: str) -> t
     Raises:
         ConfigError: Neither a store nor model and data, or both; no site; nothing to hold out.
     """
+    if options.eval_texts < 1:
+        raise ConfigError(f"eval_texts = {options.eval_texts}: expected 1 or more")
     if options.activations is not None:
         return _stored(options)
     options.require(verb)
@@ -129,7 +131,21 @@ def _stored(options: SAETraining) -> tuple[Path, Material]:
     made = {"model": acts.request.model["path"], "model_fingerprint": acts.request.model["fingerprint"]}
     made |= {"data": str(folder), "data_fingerprint": acts.fingerprint}
     out = options.out or Path("runs") / f"sae-{folder.resolve().name}"
-    return out, Material({"data": acts.filter(~held)}, acts.filter(held), None, folder.name, made)
+    judged_on = _few(acts.filter(held), options.eval_texts, options.order_seed)
+    return out, Material({"data": acts.filter(~held)}, judged_on, None, folder.name, made)
+
+
+def _few(acts: Activations, count: int, seed: int) -> Activations:
+    """At most `count` texts (or pairs), drawn with the seed."""
+    import numpy as np
+
+    from veridical.saes.pooled import row_groups
+
+    groups = row_groups(acts)
+    if len(names := np.unique(groups)) <= count:
+        return acts
+    kept = np.random.default_rng(seed).choice(names, size=count, replace=False)
+    return acts.filter(np.isin(groups, kept))
 
 
 def _collected(
