@@ -386,6 +386,11 @@ def test_the_demo_finds_what_was_planted(capsys, tmp_path):
     lying = metrics["sweeps"]["lying"]["best"]
     assert lying["auroc"] >= 0.95
     assert lying["text_auroc"] <= 0.65
+    latents = metrics["saes"]
+    for one in latents["figures"]:
+        assert all(one["fvu"] < 0.5 * value for name, value in one.items() if name.startswith("fvu of PCA"))
+    assert latents["separating"][0]["p"] <= 0.01
+    assert latents["separating"][0]["auroc"] >= 0.85
     for name in ("config.json", "provenance.json", "section.json", "report.html"):
         assert (tmp_path / "demo" / name).is_file()
 
