@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench organism probes notebooks wheel clean
+.PHONY: demo test lint bench organism probes saes notebooks wheel clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded organism; writes demo/report.html
 	$(BIN)/veridical demo --out demo
@@ -31,6 +31,9 @@ probes: $(VENV)/.installed  ## fits the probes of probes/tiny-liar again, by the
 	  $(BIN)/veridical probe --config probes/recipes/$$recipe.yaml --keep probes/tiny-liar/lied || exit; done
 	for recipe in toxic safe; do \
 	  $(BIN)/veridical probe --config probes/recipes/$$recipe.yaml --keep probes/tiny-liar/$$recipe || exit; done
+
+saes: $(VENV)/.installed  ## trains the SAE of saes/tiny-liar again, by its recipe (about two minutes on 2 cores)
+	$(BIN)/veridical sae train --config saes/recipes/tiny_liar.yaml --keep saes/tiny-liar
 
 notebooks: $(VENV)/.installed-dev  ## executes notebooks/*.py into the .ipynb beside them
 	$(BIN)/python tests/test_notebooks.py
