@@ -25,13 +25,16 @@ The ratios move when the machine is busy with something else; `--cpu --threads 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,7 @@ from veridical.saes.mcc import match_features
 CLOCK: Callable[[], float] = time.perf_counter
 RESULTS = Path(__file__).parent / "results"
 D, WIDTH, K, BATCH, DEAD = 256, 2048, 32, 2048, 512
+PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")
 ASKED = {"SAELens": 3.0, "sparsify": 1.9, "dictionary_learning": 2.5, "six products": 1.1}
 
 
@@ -365,11 +369,24 @@ def write(results: dict[str, Any], options: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "sae.json"
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    facts = {"machine": platform.processor() or platform.machine(), "versions": versions()}
+    packages = {**versions(), **{name: metadata.version(name) for name in PEERS if installed(name)}}
+    facts = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU", "versions": packages}
     kept = {**kept, **results, "facts": facts, "threads": options.threads}
     file.write_text(json.dumps(kept, indent=2) + "\n")
     parts = [TABLES[name](kept[name]) for name in TABLES if name in kept]
-    (RESULTS / "sae.md").write_text("\n".join(["# Training sparse autoencoders", "", *parts]))
+    said = (
+        f"{facts['machine']}, {options.threads} threads; what each part does is said in the benchmark.\n"
+        f"Versions: {', '.join(f'{name} {version}' for name, version in packages.items())}.\n\n"
+        f"Command: `python tests/benchmarks/bench_sae.py --peers DIR --tokens {options.tokens} --write`\n"
+    )
+    (RESULTS / "sae.md").write_text("\n".join(["# Training sparse autoencoders", "", *parts, said]))
+
+
+def installed(name: str) -> bool:
+    """Whether a peer is installed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.version(name))
+    return False
 
 
 if __name__ == "__main__":
