@@ -291,6 +291,7 @@ def test_real_input_ends_in_a_report_with_the_text_baseline(capsys, request, kin
     if path.is_dir():
         path = sorted(p for p in path.iterdir() if p.suffix in (".csv", ".tsv"))[0]
     model = request.getfixturevalue(kind)
+    capsys.readouterr()  # the bar of transformers when it writes the fixture's model
     said = run(
         capsys, "probe", "--model", model, "--data", path, "--limit", limit, "--out", tmp_path / "r", *QUICK
     )
