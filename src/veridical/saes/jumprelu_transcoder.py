@@ -11,36 +11,17 @@ It is what the transcoders of SAELens are read as. `Transcoder` keeps k latents 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from veridical.saes.base import Loss
-from veridical.saes.config import SAEConfig
 from veridical.saes.jumprelu import JumpReLU
+from veridical.saes.skip import Skip
 
 
-class JumpReLUTranscoder(JumpReLU):
-    """`W_dec JumpReLU(W_enc x + b_enc) + b_dec`, with `W_skip x` beside it where `skip` is set.
-
-    `W_skip [d_out, d_in]` (`[N, d_out, d_in]`) starts at zero.
-    """
+class JumpReLUTranscoder(Skip, JumpReLU):
+    """`W_dec JumpReLU(W_enc x + b_enc) + b_dec`, with `W_skip x` beside it where `skip` is set."""
 
     architecture = "jumprelu_transcoder"
-
-    W_skip: Tensor
-
-    @classmethod
-    def initial(cls, config: SAEConfig, d_in: int, d_out: int) -> dict[str, Tensor]:
-        """As for JumpReLU, and a skip path of zeros."""
-        made = super().initial(config, d_in, d_out)
-        return {**made, "W_skip": torch.zeros(d_out, d_in)} if config.skip else made
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Prediction from `x [..., d_in]`: `[..., d_out]`, both in raw units."""
-        predicted = self.decode(self.encode(x))
-        if not self.config.skip:
-            return predicted
-        return predicted + self.inputs(x) @ self.W_skip.mT / self.scale_out
 
     def loss(
         self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
@@ -48,10 +29,5 @@ class JumpReLUTranscoder(JumpReLU):
         """As for JumpReLU; latents have to make up the target less what the skip path predicts."""
         y = x if y is None else y
         if self.config.skip:
-            y = y - self.inputs(x) @ self.W_skip.mT / self.scale_out
+            y = y - self.skipped(x)
         return super().loss(x, y, dead=dead, ramp=ramp)
-
-    def _fold(self, state: dict[str, Tensor]) -> None:
-        super()._fold(state)
-        if self.config.skip:
-            state["W_skip"] *= self.scale / self.scale_out

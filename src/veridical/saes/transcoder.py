@@ -13,37 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from veridical.saes.config import SAEConfig
 from veridical.saes.kernels import Block, Chosen
+from veridical.saes.skip import Skip
 from veridical.saes.topk import TopK
 
 
-class Transcoder(TopK):
-    """`W_dec ReLU(TopK(W_enc x + b_enc)) + b_dec`, with `W_skip x` beside it where `skip` is set.
-
-    `W_skip [d_out, d_in]` (`[N, d_out, d_in]`) starts at zero.
-    """
+class Transcoder(Skip, TopK):
+    """`W_dec ReLU(TopK(W_enc x + b_enc)) + b_dec`, with `W_skip x` beside it where `skip` is set."""
 
     architecture = "transcoder"
     centred = False
-
-    W_skip: Tensor
-
-    @classmethod
-    def initial(cls, config: SAEConfig, d_in: int, d_out: int) -> dict[str, Tensor]:
-        """As for TopK, and a skip path of zeros."""
-        made = super().initial(config, d_in, d_out)
-        return {**made, "W_skip": torch.zeros(d_out, d_in)} if config.skip else made
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Prediction from `x [..., d_in]`: `[..., d_out]`, both in raw units."""
-        predicted = self.decode(self.encode(x))
-        if not self.config.skip:
-            return predicted
-        return predicted + self.inputs(x) @ self.W_skip.mT / self.scale_out
 
     def reconstruct(
         self, x: Tensor, values: Tensor, chosen: Chosen, blocks: Sequence[Block], acts: Sequence[Tensor]
@@ -53,8 +34,3 @@ class Transcoder(TopK):
         if self.config.skip:
             out = out + (x @ self.led(self.W_skip, 3).mT).unsqueeze(1)
         return out, revived
-
-    def _fold(self, state: dict[str, Tensor]) -> None:
-        super()._fold(state)
-        if self.config.skip:
-            state["W_skip"] *= self.scale / self.scale_out
