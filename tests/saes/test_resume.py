@@ -6,20 +6,17 @@ import logging
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from killing import latest, members, start, wait_for
 from planted_features import activations
 
 import veridical as vd
 from veridical.errors import DamagedFileError, DiskFullError, StoreMismatchError
 from veridical.saes import checkpoint
 
-HERE = Path(__file__).parent
 CONFIGS = [
     vd.SAEConfig(width=32, k=4, batch=128, lr=3e-3, name="a", dead_after=1024),
     vd.SAEConfig(width=32, k=2, batch=128, lr=1e-2, name="b", seed=1, tokens=2560),
@@ -27,65 +24,27 @@ CONFIGS = [
     vd.SAEConfig(architecture="gated", width=24, batch=128, lr=3e-3, name="d"),
     vd.SAEConfig(width=32, k=4, batch=128, lr=1e30, name="wild"),
 ]
-SCRIPT = """
-import sys, time
-sys.path[:0] = [{here!r}]
-import torch
-torch.set_num_threads(1)
-import test_resume as t
-from veridical.saes import group
-if {slow}:
-    plain = group.Group.step
-    def slowly(self, *given):
-        time.sleep(0.005)
-        return plain(self, *given)
-    group.Group.step = slowly
-t.train({store!r})
-"""
 
 
 def train(store):
     return vd.train_saes(activations(128 * 60), CONFIGS, store=store, checkpoint_minutes=0.0)
 
 
-def start(store, slow):
-    script = SCRIPT.format(here=str(HERE), store=str(store), slow=slow)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen([sys.executable, "-c", script], env=env)
-
-
-def latest(folder):
-    return max((int(file.stem) for file in folder.glob("*.json")), default=0)
-
-
-def wait_for(happened, process):
-    """Returns once it did, or the process ended by itself."""
-    until = time.monotonic() + 120
-    while not happened() and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-def weights(store):
-    files = sorted((store / checkpoint.MEMBERS).iterdir())
-    return {file.name: file.read_bytes() for file in files}
-
-
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
-    whole = start(tmp_path / "whole", False)
+    whole = start(train, tmp_path / "whole", False)
     assert whole.wait(120) == 0
     chance, folder, standing = random.Random(0), tmp_path / "killed" / checkpoint.CHECKPOINTS, [0]
     for _ in range(3):
-        process = start(tmp_path / "killed", True)
+        process = start(train, tmp_path / "killed", True)
         wait_for(lambda: latest(folder) > standing[-1], process)
         time.sleep(chance.uniform(0.0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         standing.append(latest(folder))
     assert standing[1] < 58, "it was never killed in the middle"
-    assert start(tmp_path / "killed", False).wait(120) == 0
-    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert start(train, tmp_path / "killed", False).wait(120) == 0
+    expected, found = members(tmp_path / "whole"), members(tmp_path / "killed")
     assert expected.keys() == found.keys()
     assert len(expected) == 10
     for name, content in expected.items():

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from killing import latest, members, start, wait_for
 from planted_features import activations
 
 import veridical as vd
@@ -32,21 +30,6 @@ RECIPE = {
     "grid": {"lr": RATES},
     "configs": [{"lr": 1e30, "name": "wild"}, {"k": 2, "lr": 1e-2, "seed": 1}],
 }
-SCRIPT = """
-import sys, time
-sys.path[:0] = [{here!r}]
-import torch
-torch.set_num_threads(1)
-import test_sweep as t
-from veridical.saes import group
-if {slow}:
-    plain = group.Group.step
-    def slowly(self, *given):
-        time.sleep(0.005)
-        return plain(self, *given)
-    group.Group.step = slowly
-t.swept({store!r})
-"""
 
 
 def swept(store=None, **options):
@@ -270,20 +253,6 @@ def test_bad_input_is_one_clear_line(vectors, configs, options, error, said):
 # Resuming
 
 
-def start(store, slow):
-    script = SCRIPT.format(here=str(HERE), store=str(store), slow=slow)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen([sys.executable, "-c", script], env=env)
-
-
-def latest(folder):
-    return max((int(file.stem) for file in folder.glob("*.json")), default=0)
-
-
-def members(store):
-    return {file.name: file.read_bytes() for file in (store / checkpoint.MEMBERS).iterdir()}
-
-
 def judgements(store):
     last = sorted((store / checkpoint.CHECKPOINTS).glob("*.json"))[-1]
     return json.loads(last.read_text())["judgements"]
@@ -291,20 +260,18 @@ def judgements(store):
 
 @pytest.mark.slow
 def test_a_sweep_killed_again_and_again_ends_in_the_same_bytes(tmp_path):
-    assert start(tmp_path / "whole", False).wait(120) == 0
+    assert start(swept, tmp_path / "whole", False).wait(120) == 0
     chance, folder, standing = random.Random(0), tmp_path / "killed" / checkpoint.CHECKPOINTS, [0]
     for _ in range(4):
-        process = start(tmp_path / "killed", True)
-        until = time.monotonic() + 120
-        while latest(folder) <= standing[-1] and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.005)
+        process = start(swept, tmp_path / "killed", True)
+        wait_for(lambda: latest(folder) > standing[-1], process)
         time.sleep(chance.uniform(0.0, 0.4))
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         standing.append(latest(folder))
     whole = latest(tmp_path / "whole" / checkpoint.CHECKPOINTS)
     assert 0 < standing[2] < whole, "it was never killed in the middle"
-    assert start(tmp_path / "killed", False).wait(120) == 0
+    assert start(swept, tmp_path / "killed", False).wait(120) == 0
     expected, found = members(tmp_path / "whole"), members(tmp_path / "killed")
     assert expected.keys() == found.keys()
     assert len(expected) == 16
