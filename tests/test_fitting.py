@@ -9,10 +9,11 @@ import torch
 import veridical as vd
 from verb_data import QUICK, believe_as_planted, fails, planted_pairs, run, save_llama, save_statements
 from veridical import cli
-from veridical.probes import ProjectionEraser, load_result
+from veridical.probes import ProjectionEraser
 from veridical.probes.honesty_report import HonestyReport
 from veridical.probes.learning import LearningCurve
 from veridical.reporting import Section
+from veridical.saved_result import load_result
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ Names are loaded when first used: `import veridical` imports neither torch nor t
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.activations import Activations, collect
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
     from veridical.reporting import report
     from veridical.saes import SAEConfig, load_sae, sweep_saes, train_saes
+    from veridical.saved_result import load_result
     from veridical.sites import Site
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ __all__ = [
     "honesty_protocol",
     "load",
     "load_probe",
+    "load_result",
     "load_sae",
     "report",
     "sweep_saes",
@@ -69,6 +72,7 @@ _HOME = {
     "honesty_protocol": "probes",
     "load": "models",
     "load_probe": "probes",
+    "load_result": "saved_result",
     "load_sae": "saes",
     "report": "reporting",
     "sweep_saes": "saes",
@@ -77,14 +81,4 @@ _HOME = {
     "view_tokens": "probes",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'veridical' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"veridical.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy(__name__, _HOME)

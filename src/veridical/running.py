@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from veridical.models import HookedModel
     from veridical.pairs import Pairs
     from veridical.probes import ProbeSweep
-    from veridical.probes.saved_result import Saved
+    from veridical.saved_result import Saved
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config")

@@ -11,14 +11,14 @@ import pytest
 
 import veridical as vd
 from veridical.errors import DamagedFileError, InputError
-from veridical.probes import LeaceEraser, ProjectionEraser, load_eraser, load_result
+from veridical.probes import LeaceEraser, ProjectionEraser, load_eraser
 from veridical.probes.causal_result import CausalCheck, Edited
 from veridical.probes.erasure_check import check_erasure
 from veridical.probes.evaluate import resample_weights
 from veridical.probes.learning import learning_curve
 from veridical.probes.model_transfer import transfer_to
-from veridical.probes.saved_result import KINDS
 from veridical.reporting.section import Section
+from veridical.saved_result import KINDS, load_result
 
 HONEST = {"folds": 3, "strengths": (0.01,), "bootstrap": 20, "progress": False}
 
@@ -108,7 +108,7 @@ def test_they_are_the_same_in_a_fresh_process(results, tmp_path):
     for kind in RESULTS:
         results[kind].save(tmp_path / kind)
     code = (
-        "import json, sys\nfrom veridical.probes import load_result\n"
+        "import json, sys\nfrom veridical import load_result\n"
         f"root, kinds = {str(tmp_path)!r}, {RESULTS!r}\n"
         "def said(r):\n"
         "    figure = r.figure().to_json() if hasattr(r, 'figure') else ''\n"

@@ -9,14 +9,15 @@ is what all share, `kinds` their names, `solver` the exact logistic solution for
 `verdict` puts it into words. `honesty` keeps a lie apart from the instruction to lie, `transfer` tests
 every probe on every data set, `judged` a saved probe on others. `erasure` takes a label out of activations,
 `causal` tries a direction out in the model, `monitor` runs a probe while the model writes, `tokens` shows
-one over a text. `saved`, `saved_eraser`, `saved_sweep` and `saved_result` keep what was found, each sealed by
+one over a text. `saved`, `saved_eraser` and `saved_sweep` keep what was found, each sealed by
 checksums (`sealed`), `card` writes the README beside a probe; `fits` refuses the wrong model.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.probes.attention import AttentionProbe
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from veridical.probes.rolling import RollingProbe
     from veridical.probes.saved import load_probe
     from veridical.probes.saved_eraser import load_eraser
-    from veridical.probes.saved_result import load_result
     from veridical.probes.sequence import Sequences
     from veridical.probes.stacked import StackedProbe
     from veridical.probes.sweep import fit_probes
@@ -75,7 +75,6 @@ _HOME = {
     "learning_curve": "learning",
     "load_eraser": "saved_eraser",
     "load_probe": "saved",
-    "load_result": "saved_result",
     "transfer_matrix": "transfer",
     "transfer_to": "model_transfer",
     "view_tokens": "tokens",
@@ -107,20 +106,9 @@ __all__ = [
     "learning_curve",
     "load_eraser",
     "load_probe",
-    "load_result",
     "transfer_matrix",
     "transfer_to",
     "view_tokens",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'veridical.probes' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"veridical.probes.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy(__name__, _HOME)

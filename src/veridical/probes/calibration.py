@@ -24,7 +24,7 @@ from scipy.special import expit
 from veridical.errors import DataError
 from veridical.probes.card import interval
 from veridical.probes.evaluate import Estimate, estimate, resample_weights
-from veridical.probes.saved_result import Saved
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -13,7 +13,7 @@ import pandas as pd
 
 from veridical.probes import evaluate
 from veridical.probes.card import interval, number
-from veridical.probes.saved_result import Saved
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -27,7 +27,7 @@ from veridical.probes.data import TARGET, Where, as_conditions, choose_rows, rea
 from veridical.probes.erasure import Eraser, LeaceEraser, ProjectionEraser
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.origin import Origin
-from veridical.probes.saved_result import Saved
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

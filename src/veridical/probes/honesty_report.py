@@ -14,7 +14,7 @@ import pandas as pd
 from veridical.config import HonestyConfig
 from veridical.errors import unknown
 from veridical.probes.card import interval
-from veridical.probes.saved_result import Saved
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

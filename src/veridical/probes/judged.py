@@ -24,7 +24,7 @@ from veridical.probes.data import Source, Where, as_conditions, meets, missing, 
 from veridical.probes.evaluate import Estimate
 from veridical.probes.firing import SIGNS, kinds_of_rows, shares_above
 from veridical.probes.fits import same_model, same_width
-from veridical.probes.saved_result import Saved
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     from veridical.activations import Activations

@@ -30,8 +30,8 @@ from veridical.probes.data import TARGET, Source, Task, Where, as_conditions, ch
 from veridical.probes.duplicates import without_copies
 from veridical.probes.evaluate import Estimate
 from veridical.probes.room import Room
-from veridical.probes.saved_result import Saved
 from veridical.probes.sweep import SELECTION_TOL, as_estimator, check_config, run_sweep
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -35,10 +35,10 @@ from veridical.probes.duplicates import without_copies
 from veridical.probes.logistic import LogisticProbe
 from veridical.probes.origin import Origin
 from veridical.probes.result import ProbeSweep
-from veridical.probes.saved_result import Saved
 from veridical.probes.sequence import SequenceProbe
 from veridical.probes.solver import Design
 from veridical.probes.sweep import as_estimator, check_config, run_sweep
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -37,8 +37,8 @@ from veridical.probes.data import (
     two_classes,
 )
 from veridical.probes.origin import Origin
-from veridical.probes.saved_result import Saved
 from veridical.probes.sweep import as_estimator, check_config
+from veridical.saved_result import Saved
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -19,8 +19,9 @@ and `absorption` against labels. `features` lists what each latent fires on (`fe
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.saes.absorption import Absorption, measure_absorption
@@ -130,14 +131,4 @@ __all__ = [
     "train_saes",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'veridical.saes' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"veridical.saes.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy(__name__, _HOME)

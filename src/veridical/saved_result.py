@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
-    "Calibration": "calibration",
-    "CausalCheck": "causal_result",
-    "ErasureCheck": "erasure_check",
-    "HonestyReport": "honesty_report",
-    "Judged": "judged",
-    "LearningCurve": "learning",
-    "ModelTransfer": "model_transfer",
-    "TransferMatrix": "transfer",
+    "Calibration": "probes.calibration",
+    "CausalCheck": "probes.causal_result",
+    "ErasureCheck": "probes.erasure_check",
+    "HonestyReport": "probes.honesty_report",
+    "Judged": "probes.judged",
+    "LearningCurve": "probes.learning",
+    "ModelTransfer": "probes.model_transfer",
+    "TransferMatrix": "probes.transfer",
 }
-"""Class of each result that is saved so, and its module of `veridical.probes`."""
-VALUES = {"Edited": "causal_result", "Estimate": "evaluate"}
-"""Dataclasses that stand inside results."""
+"""Class of each result that is saved so, and its module of `veridical`."""
+VALUES = {"Edited": "probes.causal_result", "Estimate": "probes.evaluate"}
+"""Dataclasses that stand inside results, and their modules."""
 CONFIGS = ("HonestyConfig", "ProbeConfig")
 FOLDERS = {"probe": "config.json", "eraser": "config.json", "sweep": "sweep.json"}
 """What has a folder form of its own, and the file that seals it."""
@@ -256,7 +256,7 @@ class _Reader:
 
 
 def _class(modules: Mapping[str, str], name: str) -> Any:
-    return getattr(importlib.import_module(f"veridical.probes.{modules[name]}"), name)
+    return getattr(importlib.import_module(f"veridical.{modules[name]}"), name)
 
 
 def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
