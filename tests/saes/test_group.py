@@ -86,7 +86,7 @@ def test_members_come_and_go_without_touching_the_others(data):
     late = Group([third], D, D)
     late.stack.calibrate(data)
     train(group, data, 10)
-    gone = group.remove("a")
+    (gone,) = group.remove(["a"])
     train(group, data, 5, begin=10)
     group.add(third, late.stack.member(0))
     train(group, data, 5, begin=15)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from veridical.saes import largest as module
 from veridical.saes.largest import kth_largest, largest
 
 
@@ -53,7 +52,6 @@ def test_few_candidates_are_sorted_in_place_of_whole_rows(monkeypatch):
     assert sorted_widths[-1] == 2048
     largest(rows_of("normal")[:, :1000], 32)
     assert sorted_widths[-1] == 1000
-    assert module.BLOCKS == 256
 
 
 def test_leading_axes_stay():

@@ -139,7 +139,11 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of `x [..., d_in]`: `[..., d_out]`, both in raw units."""
-        return self.decode(self.encode(x))
+        return self.rebuild(x, self.encode(x))
+
+    def rebuild(self, x: Tensor, latents: Tensor) -> Tensor:
+        """The output of `forward` where the latents of `x` are at hand already."""
+        return self.decode(latents)
 
     def loss(
         self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
@@ -267,15 +271,15 @@ class SAE(nn.Module):
     def normalise_decoder(self) -> None:
         """Brings decoder rows back to norm 1, where the architecture holds them there."""
         if self.unit_norm:
-            self.W_dec.copy_(unit_rows(self.W_dec))
+            self.W_dec.div_(row_norms(self.W_dec))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Takes out the part of the decoder's gradient along its rows, which the norm undoes anyway and which
         would only feed Adam's moments (Bricken et al. 2023)."""
         if self.unit_norm and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
-            self.W_dec.grad.sub_(along * self.W_dec)
+            along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec).unsqueeze(-1)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
 
     def _filled(self, state: dict[str, Tensor]) -> Self:
         """This SAE with the values, device and dtype of `state`."""
@@ -329,7 +333,12 @@ class SAE(nn.Module):
 
 def unit_rows(matrix: Tensor) -> Tensor:
     """`matrix [..., n, d]` with each row divided by its norm; a row of zeros stays."""
-    return matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    return matrix / row_norms(matrix)
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """Norms of the rows of `matrix [..., n, d]`, `[..., n, 1]`, none below the least normal number."""
+    return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def middle(points: Tensor, how: str) -> Tensor:

@@ -188,7 +188,7 @@ def _measure(sae: SAE, rows: HeldOut, mean: Tensor) -> _Sums:
     for where, x, y in rows.blocks(sae):
         latents = sae.encode(x)
         # The error is taken in float64: near a perfect reconstruction it is a difference of near equals.
-        made, real = sae(x).double(), y.double()
+        made, real = sae.rebuild(x, latents).double(), y.double()
         sums.add(
             rows.groups[where],
             error=(real - made).square().sum(1),

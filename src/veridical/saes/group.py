@@ -153,11 +153,11 @@ class Group:
         stack = type(self.stack).stack([*saes, sae.to(self.device)])
         self._assemble([*self.members, member], stack, [*states, {}])
 
-    def remove(self, name: str) -> SAE:
-        """Lets a member go and returns its SAE, scales not folded; the others' numbers stay as they are."""
-        number = self._number(name)
-        gone = self.stack.member(number)
-        rest = [other for other in range(len(self.members)) if other != number]
+    def remove(self, names: Sequence[str]) -> list[SAE]:
+        """Lets members go and returns their SAEs, scales not folded; the others' numbers stay as they are."""
+        numbers = [self._number(name) for name in names]
+        gone = [self.stack.member(number) for number in numbers]
+        rest = [other for other in range(len(self.members)) if other not in numbers]
         if rest:
             saes = [self.stack.member(other) for other in rest]
             states = [self._moments(other) for other in rest]

@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCKS = 256
-"""Blocks that a row is cut into."""
+SPREAD = 4
+"""Blocks that a row is cut into, in multiples of k: with more the bound is closer, but dearer."""
 CROWD = 4
 """Candidates in multiples of k, on average, above which the whole rows are sorted after all."""
 
 
 def largest(rows: Tensor, k: int, *, ordered: bool = False) -> tuple[Tensor, Tensor]:
     """Values and indices of the k largest of `rows [..., n]`, both `[..., k]`; largest first if `ordered`."""
-    n = rows.shape[-1]
-    if rows.is_cuda or n % BLOCKS or n < 4 * BLOCKS or 4 * k > BLOCKS or not has_numpy(rows):
+    n, blocks = rows.shape[-1], 1 << (SPREAD * k - 1).bit_length()
+    if n % blocks or n < 4 * blocks or not has_numpy(rows):
         return rows.topk(k, dim=-1, sorted=ordered)  # type: ignore[return-value]
     flat = rows.detach().reshape(-1, n)
-    maxima = flat.view(len(flat), -1, BLOCKS).amax(1)
-    found = np.flatnonzero((flat < kth_largest(maxima, k)).logical_not_().numpy())  # NaN counts as large
-    if len(found) > CROWD * k * len(flat):
+    maxima = flat.view(len(flat), -1, blocks).amax(1)
+    found = np.flatnonzero(flat.numpy() >= kth_largest(maxima, k).numpy())
+    if np.isnan(maxima.numpy()).any() or len(found) > CROWD * k * len(flat):  # NaN counts as the largest
         return rows.topk(k, dim=-1, sorted=ordered)  # type: ignore[return-value]
     row, column = np.divmod(found, n)
     starts = np.searchsorted(row, np.arange(len(flat) + 1))

@@ -58,7 +58,7 @@ def measure(sae: SAE, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Figures]
     moments = Moments.empty((sae.d_out,))
     for x, y in batches:
         latents, target = sae.encode(x), y.flatten(1)
-        error += (target - sae(x)).double().square().sum((-2, -1)).cpu()
+        error += (target - sae.rebuild(x, latents)).double().square().sum((-2, -1)).cpu()
         latents = latents if sae.stacked else latents[None]
         l0 += (latents > 0).sum((-2, -1)).cpu()
         fires += (latents > FIRED).sum(-2).cpu()

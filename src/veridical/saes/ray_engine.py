@@ -125,7 +125,7 @@ class _Trial(_Training):
             figures = self._measure(group.stack.member(0).folded())
             if not math.isfinite(figures.fvu):
                 reason = f"its held-out error became {figures.fvu} after {member.seen:,} tokens"
-                self._finish(group, member, reason)
+                self._finish(group, [(member, reason)])
                 self.groups = []
                 return
             one = arrival(member, figures)

@@ -71,10 +71,10 @@ class RowNormalised(SAE):
         """Refused: without the row, its units are not known."""
         raise InputError("latents of normalised rows have no output without their rows; call the SAE itself")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of `x [..., d_in]`: `[..., d_out]`, both in raw units."""
+    def rebuild(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Reconstruction of `x [..., d_in]` from its latents: `[..., d_out]`, in raw units."""
         row, spread, mean = self._normalised(x)
-        return self.inner(row) * spread + mean
+        return self.inner.rebuild(row, latents) * spread + mean
 
     def row_units(self, x: Tensor) -> Tensor:
         """Length in raw units of a step of 1 in normalised rows, `[..., 1]`."""

@@ -27,9 +27,9 @@ class Skip(SAE):
         """What the path predicts from `x [..., d_in]`: `[..., d_out]`, both in raw units."""
         return self.inputs(x) @ self.W_skip.mT / self.scale_out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Prediction from `x [..., d_in]`: `[..., d_out]`, both in raw units."""
-        predicted = super().forward(x)
+    def rebuild(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Prediction from `x [..., d_in]` and its latents: `[..., d_out]`, in raw units."""
+        predicted = super().rebuild(x, latents)
         return predicted + self.skipped(x) if self.config.skip else predicted
 
     def _fold(self, state: dict[str, Tensor]) -> None:

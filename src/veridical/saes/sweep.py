@@ -162,7 +162,7 @@ class _Sweep(_Training):
 
     def _cancel(self, group: Group, member: Member, reason: str) -> None:
         log.info("%s is cancelled: %s", member.name, reason)
-        self._finish(group, member, reason)
+        self._finish(group, [(member, reason)])
 
     def _fill(self) -> None:
         """Starts the next on the list while a slot is free."""

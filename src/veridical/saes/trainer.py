@@ -194,7 +194,8 @@ class _Training:
                 member.history.append({"tokens": member.seen, "loss": float(total[number]), **parts})
                 if self.tracking is not None:
                     self.tracking.log(member.name, member.seen, {"loss": float(total[number]), **parts})
-        for member, sound in list(zip(group.members, finite)):
+        leaving: list[tuple[Member, str | None]] = []
+        for member, sound in zip(group.members, finite):
             if not sound:
                 rate = member.config.learning_rate(group.d_in)
                 reason = (
@@ -202,12 +203,19 @@ class _Training:
                     f"rate {rate:g})"
                 )
                 log.warning("%s is cancelled: %s", member.name, reason)
-                self._finish(group, member, reason)
+                leaving.append((member, reason))
             elif member.done:
-                self._finish(group, member, None)
+                leaving.append((member, None))
+        self._finish(group, leaving)
 
-    def _finish(self, group: Group, member: Member, cancelled: str | None) -> None:
-        sae = group.remove(member.name)
+    def _finish(self, group: Group, leaving: Sequence[tuple[Member, str | None]]) -> None:
+        """Lets members go, each with the reason why it is cancelled, or None where it is done."""
+        if leaving:
+            saes = group.remove([member.name for member, _ in leaving])
+            for (member, cancelled), sae in zip(leaving, saes):
+                self._keep(member, sae, cancelled)
+
+    def _keep(self, member: Member, sae: SAE, cancelled: str | None) -> None:
         if self.folder is not None:
             facts = {"cancelled": cancelled, "seen": member.seen, "history": _plain(member.history)}
             self.folder.write_member(member.name, {} if cancelled else sae.state_dict(), facts)
