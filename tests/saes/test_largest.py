@@ -25,12 +25,11 @@ def rows_of(kind, n=2048):
     "kind", ["normal", "double", "equal", "ties", "crowded", "one_block", "mostly_dead", "infinite"]
 )
 @pytest.mark.parametrize("k", [1, 32, 64, 100])
-@pytest.mark.parametrize("ordered", [True, False])
-def test_values_and_indices_are_those_of_a_sort(kind, k, ordered):
+def test_values_and_indices_are_those_of_a_sort(kind, k):
     rows = rows_of(kind)
-    values, indices = largest(rows, k, ordered=ordered)
+    values, indices = largest(rows, k)
     expected = rows.sort(dim=1, descending=True).values[:, :k]
-    assert torch.equal(values if ordered else values.sort(dim=1, descending=True).values, expected)
+    assert torch.equal(values.sort(dim=1, descending=True).values, expected)
     assert torch.equal(rows.gather(1, indices), values)
     assert all(len(set(row)) == k for row in indices.tolist())
     assert torch.equal(kth_largest(rows, k), expected[:, -1:])
@@ -38,8 +37,7 @@ def test_values_and_indices_are_those_of_a_sort(kind, k, ordered):
 
 def test_few_candidates_are_sorted_in_place_of_whole_rows(monkeypatch):
     """The short way is taken where it should be, and not where a crowd of candidates makes it long."""
-    sorted_widths = []
-    plain = torch.Tensor.topk
+    sorted_widths, plain = [], torch.Tensor.topk
 
     def topk(self, *given, **named):
         sorted_widths.append(self.shape[-1])
@@ -47,11 +45,10 @@ def test_few_candidates_are_sorted_in_place_of_whole_rows(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "topk", topk)
     largest(rows_of("normal"), 32)
-    assert sorted_widths[-1] < 100
+    assert not sorted_widths
     largest(rows_of("equal"), 32)
-    assert sorted_widths[-1] == 2048
     largest(rows_of("normal")[:, :1000], 32)
-    assert sorted_widths[-1] == 1000
+    assert sorted_widths == [2048, 1000]
 
 
 def test_leading_axes_stay():

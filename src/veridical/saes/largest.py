@@ -17,27 +17,30 @@ CROWD = 4
 """Candidates in multiples of k, on average, above which the whole rows are sorted after all."""
 
 
-def largest(rows: Tensor, k: int, *, ordered: bool = False) -> tuple[Tensor, Tensor]:
-    """Values and indices of the k largest of `rows [..., n]`, both `[..., k]`; largest first if `ordered`."""
+def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k largest of `rows [..., n]`, both `[..., k]`, in no order."""
     n, blocks = rows.shape[-1], 1 << (SPREAD * k - 1).bit_length()
     if n % blocks or n < 4 * blocks or not has_numpy(rows):
-        return rows.topk(k, dim=-1, sorted=ordered)  # type: ignore[return-value]
+        return rows.topk(k, dim=-1, sorted=False)  # type: ignore[return-value]
     flat = rows.detach().reshape(-1, n)
     maxima = flat.view(len(flat), -1, blocks).amax(1)
     found = np.flatnonzero(flat.numpy() >= kth_largest(maxima, k).numpy())
     if np.isnan(maxima.numpy()).any() or len(found) > CROWD * k * len(flat):  # NaN counts as the largest
-        return rows.topk(k, dim=-1, sorted=ordered)  # type: ignore[return-value]
+        return rows.topk(k, dim=-1, sorted=False)  # type: ignore[return-value]
     row, column = np.divmod(found, n)
-    starts = np.searchsorted(row, np.arange(len(flat) + 1))
-    counts = np.diff(starts)
-    place = torch.from_numpy(np.arange(len(found)) - np.repeat(starts[:-1], counts) + row * counts.max())
-    few = torch.full((len(flat), int(counts.max())), -torch.inf, dtype=flat.dtype)
-    columns = torch.zeros(few.shape, dtype=torch.int64)
-    few.view(-1)[place] = flat.view(-1)[torch.from_numpy(found)]
-    columns.view(-1)[place] = torch.from_numpy(column)
-    values, picks = few.topk(k, dim=-1, sorted=ordered)
+    counts = np.bincount(row, minlength=len(flat))
+    width = int(counts.max())
+    place = np.arange(len(found)) + np.repeat(
+        width * np.arange(len(flat)) - np.cumsum(counts) + counts, counts
+    )
+    few = np.full((len(flat), width), -np.inf, dtype=flat.numpy().dtype)
+    columns = np.zeros(few.shape, dtype=np.int64)
+    few.reshape(-1)[place] = flat.numpy().reshape(-1)[found]
+    columns.reshape(-1)[place] = column
+    picks = np.argpartition(few, width - k, axis=-1)[:, width - k :]
     shape = (*rows.shape[:-1], k)
-    return values.view(shape), columns.gather(-1, picks).view(shape)
+    values, indices = (np.take_along_axis(each, picks, -1).reshape(shape) for each in (few, columns))
+    return torch.from_numpy(values), torch.from_numpy(indices)
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:

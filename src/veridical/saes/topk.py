@@ -39,21 +39,18 @@ class TopK(SparseSAE):
     def pick(self, scan: Scan) -> Chosen:
         """The k largest pre-activations of each row and member."""
         counts = [config.k for config in self.configs]
-        most = max(counts)
-        values = scan.x.new_empty(scan.members, scan.size, most)
-        columns = torch.empty(values.shape, dtype=torch.int64, device=values.device)
+        values = [scan.x.new_empty(scan.size, k) for k in counts]
+        columns = [torch.empty(own.shape, dtype=torch.int64, device=own.device) for own in values]
         for members, rows, pre in scan:
-            found = largest(pre, most, ordered=min(counts) < most)
-            values[members, rows], columns[members, rows] = found
-        columns += torch.arange(scan.members, device=columns.device)[:, None, None] * scan.width
-        each = torch.tensor(counts, device=columns.device).repeat_interleave(scan.size)
-        starts = torch.zeros(len(each) + 1, dtype=torch.int64, device=columns.device)
+            for member, own in zip(range(members.start, members.stop), pre):
+                values[member][rows], columns[member][rows] = largest(own, counts[member])
+        for member, own in enumerate(columns):
+            own += member * scan.width
+        each = torch.tensor(counts, device=scan.x.device).repeat_interleave(scan.size)
+        starts = torch.zeros(len(each) + 1, dtype=torch.int64, device=scan.x.device)
         torch.cumsum(each, 0, out=starts[1:])
-        kept = self._within_k(most)
-        if kept is not None:
-            values, columns = values[kept.expand_as(values)], columns[kept.expand_as(columns)]
-        values = values.flatten().to(self.W_enc.dtype)
-        return Chosen(columns.flatten(), starts, values, scan.members * scan.width)
+        found, where = (torch.cat([own.flatten() for own in each]) for each in (values, columns))
+        return Chosen(where, starts, found.to(self.W_enc.dtype), scan.members * scan.width)
 
     def _largest(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         most = max(config.k for config in self.configs)
