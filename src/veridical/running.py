@@ -108,6 +108,7 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "sae sweep": job("saes.jobs", "sweep"),
     "sae eval": job("saes.jobs", "evaluate"),
     "sae features": job("saes.jobs", "features"),
+    "patch": job("interventions.jobs", "patch"),
     "report": assemble,
     "ls": ls,
 }

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from veridical.config import STRICT, BeliefConfig, CollectConfig, ProbeConfig
 from veridical.inputs import Folders, Inputs, OutFolder
+from veridical.interventions.verbs import PatchVerb
 from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
 
 DemoFolder = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -204,6 +205,7 @@ VERBS: dict[str, type] = {
     "sae sweep": SAESweepVerb,
     "sae eval": SAEEvalVerb,
     "sae features": SAEFeaturesVerb,
+    "patch": PatchVerb,
     "report": ReportVerb,
     "ls": LsVerb,
 }

@@ -1,0 +1,150 @@
+"""What `veridical patch` does: the exact sweep, its gradient estimate beside it, and the circuit."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veridical.config import to_dict
+from veridical.console import said_where, step
+from veridical.errors import ConfigError
+from veridical.files import write_json
+from veridical.interventions.material import Material, evenly_long, material
+from veridical.interventions.verbs import PatchVerb
+from veridical.provenance import provenance
+from veridical.reporting import report
+from veridical.running import load_model, records, save_below, short
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from veridical.interventions.attribution import Attribution
+    from veridical.interventions.patched import Patched
+
+    from veridical.hooked import HookedModel
+
+log = logging.getLogger(__name__)
+
+PATCHED = """\
+Two runs that differ in their input: activations of one are put into the other, one place at a time, and \
+what the model then says is measured. A recovered fraction of 1 means that this place alone takes the \
+metric all the way to the other run's value, 0 that it does nothing. What is found holds for rows like \
+these."""
+
+
+def patch(options: PatchVerb) -> Path:
+    """Patches, attributes, and finds the circuit where asked; returns the folder."""
+    from veridical.interventions.patching import patch as sweep
+
+    options.require("patch", "model")
+    rows = material(options)
+    out = options.out or Path("runs") / f"patch-{short(str(options.model))}-{short(rows.name)}"
+    with step("model"):
+        model = load_model(options)
+        source = load_model(replace(options, model=options.source)) if options.source else None
+    rows = evenly_long(
+        model, rows, _positive(options.examples, "examples"), aligned=options.align is not None
+    )
+    asked = _asked(options, rows)
+    with step(f"patching {', '.join(options.sites)}"):
+        heads: Any = "all" if any(site.split(".")[0] in _BY_HEAD for site in options.sites) else None
+        patched = sweep(
+            model, rows.clean, rows.corrupt, sites=list(options.sites), heads=heads, source=source,
+            bootstrap=options.bootstrap, seed=options.seed, batch_tokens=options.batch_tokens, **asked,
+        )  # fmt: skip
+    log.info("  %s", patched)
+    patched.save(out / "patched")
+    metrics: dict[str, Any] = {"rows": len(rows), "patched": records(patched.to_frame())}
+    if options.attribution and options.metric != "rank" and source is None:
+        with step("attribution patching"):
+            metrics["attribution"] = _attributed(out, model, rows, options, asked, patched)
+    if options.circuit:
+        with step("circuit"):
+            metrics["circuit"] = _circuit(out, model, rows, options, asked)
+    write_json(out / "config.json", to_dict(options))
+    facts = {"verb": "patch", "model": str(model.path), "model_fingerprint": model.fingerprint()}
+    write_json(out / "provenance.json", provenance(**facts, data=rows.name, seed=options.seed))
+    write_json(out / "metrics.json", metrics)
+    title = f"Where {short(str(options.model))} decides"
+    said_where(report(out, out / "report.html", title=title, intro=PATCHED))
+    return out
+
+
+_BY_HEAD = ("q", "k", "v", "z", "pattern")
+
+
+def _asked(options: PatchVerb, rows: Material) -> dict[str, Any]:
+    return {
+        "metric": options.metric,
+        "answers": rows.answers,
+        "wrong": rows.wrong if options.metric == "logit_diff" else None,
+        "direction": options.direction,
+        "align": options.align,
+        "progress": options.progress,
+    }
+
+
+def _attributed(
+    out: Path,
+    model: HookedModel,
+    rows: Material,
+    options: PatchVerb,
+    asked: dict[str, Any],
+    patched: Patched,
+) -> dict[str, Any]:
+    """Attribution patching at the same places; how far it agrees with the exact effects."""
+    from veridical.interventions.attributing import attribute
+
+    found = attribute(
+        model, rows.clean, rows.corrupt, method="atp", sites=list(options.sites),
+        batch_tokens=options.batch_tokens, **asked,
+    )  # fmt: skip
+    save_below(found, out / "attribution")
+    agreement = agreed(patched, found)
+    for kind, value in agreement.items():
+        log.info("  %s: correlation with the exact effects %.3f", kind, value)
+    return {"correlation": agreement, "table": records(found.to_frame())}
+
+
+def agreed(patched: Patched, found: Attribution) -> dict[str, float]:
+    """Pearson's correlation of estimated and exact effects over the places of each kind of site."""
+    from veridical.sites import Site
+
+    keys = ["site", "position", "head"]
+    both = _by_place(patched.to_frame(), keys, "effect").join(
+        _by_place(found.to_frame(), keys, "score"), how="inner"
+    )
+    kinds = [Site.parse(str(site)).kind for site in both.index.get_level_values("site")]
+    made = {kind: part["effect"].corr(part["score"]) for kind, part in both.groupby(kinds) if len(part) > 2}
+    return {str(kind): float(value) for kind, value in made.items() if value == value}
+
+
+def _by_place(frame: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
+    for key in keys:
+        if key not in frame:
+            frame = frame.assign(**{key: -1})
+    made = frame[[*keys, value]].copy()
+    made["head"] = made["head"].fillna(-1).astype(int)
+    return made.set_index(keys)
+
+
+def _circuit(
+    out: Path, model: HookedModel, rows: Material, options: PatchVerb, asked: dict[str, Any]
+) -> dict[str, Any]:
+    from veridical.interventions.circuit import find_circuit
+
+    wanted = {name: asked[name] for name in ("metric", "answers", "wrong", "align", "progress")}
+    found = find_circuit(
+        model, rows.clean, rows.corrupt, faithfulness=options.faithfulness, bootstrap=options.bootstrap,
+        seed=options.seed, batch_tokens=options.batch_tokens, **wanted,
+    )  # fmt: skip
+    found.save(out / "circuit")
+    log.info("  %s", found)
+    return {"edges": records(found.to_frame())}
+
+
+def _positive(value: int, name: str) -> int:
+    if value < 1:
+        raise ConfigError(f"{name} = {value}: expected 1 or more")
+    return value
