@@ -59,6 +59,7 @@ def train(options: SAETrainVerb) -> Path:
     steps.finish(out, options, runs, given, "sae train")
     log.info("SAEs: %s", out / "saes")
     said_where(report(out, out / "report.html", title=f"SAEs on {given.name}", intro=TRAINED))
+    steps.refuse_empty(runs)
     return out
 
 
@@ -76,6 +77,7 @@ def sweep(options: SAESweepVerb) -> Path:
     steps.finish(out, options, swept, given, "sae sweep")
     log.info("SAEs: %s", out / "saes")
     said_where(report(out, out / "report.html", title=f"Sweep of SAEs on {given.name}", intro=TRAINED))
+    steps.refuse_empty(swept.runs)
     return out
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from veridical.config import CollectConfig, build, to_dict
 from veridical.console import step
+from veridical.devices import usable
 from veridical.errors import ConfigError, DataError
 from veridical.files import write_json
 from veridical.probes.card import interval, number
@@ -66,8 +67,7 @@ def members(options: SAETrainVerb) -> list[SAEConfig]:
     listed = [{key.replace("-", "_"): value for key, value in one.items()} for one in options.saes]
     made = [build(SAEConfig, base, **one) for one in listed] or [base]
     for config in made:
-        if config.name is not None and not re.fullmatch(r"\w[\w.+-]*", config.name):
-            raise ConfigError(f"name = {config.name!r}: expected letters, digits, dots and dashes")
+        config.check_name()
     return made
 
 
@@ -78,7 +78,8 @@ def sweep_config(options: SAESweepVerb) -> SweepConfig:
         ConfigError: No members, or rules that could judge nobody.
     """
     made = part(SweepConfig, options)
-    made.members()
+    for config in made.members():
+        config.check_name()
     _ = made.rules
     return made
 
@@ -91,6 +92,8 @@ def material(options: SAETraining, configs: Sequence[SAEConfig], verb: str) -> t
     """
     if options.eval_texts < 1:
         raise ConfigError(f"eval_texts = {options.eval_texts}: expected 1 or more")
+    if options.device is not None:
+        usable(options.device)
     if options.activations is not None:
         return _stored(options)
     options.require(verb)
@@ -197,6 +200,19 @@ def finish(out: Path, options: SAETraining, made: SAERuns | SAESweep, from_: Mat
             "control": made.control,
         }
     keep(out, options, verb, from_.facts, metrics)
+
+
+def refuse_empty(runs: SAERuns) -> None:
+    """Ends a run that gave no SAE as a failed one, once its report is written.
+
+    Raises:
+        DataError: Every member was cancelled; says why the first was.
+    """
+    if all(run.sae is None for run in runs):
+        first = next(iter(runs))
+        raise DataError(
+            f"none of {len(runs)} SAEs was trained to the end; {first.name} was cancelled: {first.cancelled}"
+        )
 
 
 def save(sae: SAE, found: Evaluation, data: str, folder: Path) -> None:
