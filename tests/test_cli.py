@@ -156,7 +156,10 @@ def test_a_verb_has_every_option_of_the_api_it_stands_on():
         (["collect", "--batch-tokens", "0"], "batch_tokens = 0: Input should be greater than or equal to 1;"),
         (["collect", "--seed", "-1"], "seed = -1: Input should be greater than or equal to 0;"),
         (["sae", "train", "--bootstrap", "0"], "bootstrap = 0: Input should be greater"),
-        (["sae", "sweep", "--checkpoint-minutes", "nan"], "checkpoint_minutes = nan: Input should be a finite"),
+        (
+            ["sae", "sweep", "--checkpoint-minutes", "nan"],
+            "checkpoint_minutes = nan: Input should be a finite",
+        ),
         (["probe", "--config"], "--config needs the path of a recipe"),
         (["probe", "--config", "nowhere.yaml"], "no recipe at nowhere.yaml"),
         (["probe"], "probe needs --model"),

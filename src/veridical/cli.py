@@ -152,7 +152,7 @@ def _spell_switches(cls: type, words: list[str]) -> list[str]:
 
 
 def _complaint(box: str) -> str:
-    """The first paragraph of tyro's boxed message as one line, whether the box is drawn in lines or dashes."""
+    """The first paragraph of tyro's boxed message as one line; the box is drawn in lines or in dashes."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         line = re.sub(r"^[│\s]+|[│\s]+$", "", line)
@@ -162,7 +162,9 @@ def _complaint(box: str) -> str:
             parts[-1].append(line)
     # What stands before the first rule is at most the title.
     said = " ".join(next((part for part in parts[1:] if part), parts[0]))
-    refused = re.search(r"validation errors? for \S+ (\w+) (.+?) \[type=\w+, input_value=(.*?), input_type", said)
+    refused = re.search(
+        r"validation errors? for \S+ (\w+) (.+?) \[type=\w+, input_value=(.*?), input_type", said
+    )
     if refused is not None:
         said = f"{refused[1]} = {refused[3]}: {refused[2]}"
     choice = re.match(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*)\) ?\.$", said)

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from making import CONFIGS
 from planted_features import activations
+from sae_makers import CONFIGS
 
 import veridical as vd
 from veridical.errors import ConfigError, DataError, InputError, NonFiniteError, UnknownNameError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -78,9 +79,15 @@ def sweep_config(options: SAESweepVerb) -> SweepConfig:
         ConfigError: No members, or rules that could judge nobody.
     """
     made = part(SweepConfig, options)
-    for config in made.members():
+    members = made.members()
+    for config in members:
         config.check_name()
     _ = made.rules
+    longest = max(config.tokens or math.inf for config in members)
+    if made.first is not None and made.first >= longest:
+        raise ConfigError(
+            f"first = {made.first}: nobody would be judged: no member trains on more than {longest:,} tokens"
+        )
     return made
 
 
@@ -303,6 +310,9 @@ def placed(model: HookedModel, sae: SAE, site: str | None) -> SAE:
     import copy
 
     if site is not None:
+        own, there = sae.config.site, [str(found) for found in model.resolve(site)]
+        if own is not None and own not in (site, *there):
+            log.warning("%s was trained at %s; as asked, it is read at %s", sae.config.label, own, site)
         sae = copy.copy(sae)
         sae.configs = (replace(sae.config, site=site),)
     if not sae.config.reads:
