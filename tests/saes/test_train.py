@@ -71,6 +71,15 @@ def test_every_architecture_learns(architecture):
     assert figures.dead < 0.5
 
 
+def test_jumprelu_follows_its_penalty_in_a_short_run():
+    """Adam moves a log-threshold by at most the learning rate in a step, so it has to start where it is felt."""
+    options = {"architecture": "jumprelu", "width": 48, "batch": 128, "lr": 3e-3, "tokens": 51_200}
+    runs = vd.train_saes(activations(8192), [vd.SAEConfig(sparsity=s, **options) for s in (0.1, 3.0)])
+    weak, strong = (run.figures for run in runs)
+    assert strong.l0 < 0.6 * weak.l0 < 0.6 * 48 / 6
+    assert weak.fvu < strong.fvu < 0.2
+
+
 def test_a_list_of_batches_a_function_and_an_array_train_alike(vectors):
     batches = list(vectors.split(100))
     options = {**SMALL, "k": 4, "tokens": 128 * 30}
@@ -143,6 +152,14 @@ def test_one_diverging_member_is_cancelled_alone(vectors, caplog):
         ("x", {"kk": 3}, UnknownNameError, "nearest: k"),
         ("x", {"k": "many"}, ConfigError, "k = 'many'"),
         ("x", {"tokens": 12}, ConfigError, "less than a batch"),
+        ("x", {"seed": -1}, ConfigError, "seed is -1; expected a number from 0"),
+        ("x", {"seed": 10**30}, ConfigError, "expected a number from 0"),
+        ("x", {"betas": (0.9, 1.0)}, ConfigError, r"betas are \(0.9, 1.0\); expected rates from 0"),
+        ("x", {"bandwidth": 0.0}, ConfigError, "bandwidth is 0.0; expected a finite number above 0"),
+        ("x", {"name": "a/b"}, ConfigError, "name = 'a/b': expected letters"),
+        ("x", {"name": "n" * 300}, ConfigError, "at most 100"),
+        ("x", {"width": 10**12}, ConfigError, "GB of weights, and this machine"),
+        ("two", {"architecture": "crosscoder", "sites": ("a", "a")}, ConfigError, "expected each once"),
         ("two", {}, InputError, "names no site, and the data hold several: a, b"),
         ("two", {"architecture": "crosscoder", "sites": ("a", "b")}, InputError, "widths"),
         ("uneven", {"site": "a"}, DataError, "one number for all"),
