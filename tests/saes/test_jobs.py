@@ -371,9 +371,7 @@ def test_eval_reads_a_label_from_few_latents(capsys, trained, model_folder, data
     assert why not in (tmp_path / "eval" / "report.html").read_text()
 
 
-def test_absorption_that_cannot_be_measured_says_so(
-    capsys, monkeypatch, trained, model_folder, data, tmp_path
-):
+def test_missing_absorption_is_said(capsys, monkeypatch, trained, model_folder, data, tmp_path):
     def refuse(*_, **__):
         raise DataError("the linear probe finds label on no held-out row: there is no feature to absorb")
 

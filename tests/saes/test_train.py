@@ -72,7 +72,7 @@ def test_every_architecture_learns(architecture):
 
 
 def test_jumprelu_follows_its_penalty_in_a_short_run():
-    """Adam moves a log-threshold by at most the learning rate in a step, so it has to start where it is felt."""
+    """Adam moves a log-threshold by at most the learning rate in a step: it must not start far off."""
     options = {"architecture": "jumprelu", "width": 48, "batch": 128, "lr": 3e-3, "tokens": 51_200}
     runs = vd.train_saes(activations(8192), [vd.SAEConfig(sparsity=s, **options) for s in (0.1, 3.0)])
     weak, strong = (run.figures for run in runs)

@@ -259,9 +259,9 @@ def _few_latents(
 def _not_absorbed(target: str, name: str, error: InputError) -> Section:
     """Says why absorption was not measured, and what it takes."""
     text = (
-        f"Feature absorption of {target} in {name} was not measured: {error}. It is measured on held-out rows "
-        "that have the label and on which a linear probe finds it: give more labelled rows (--limit and "
-        "--where leave rows out), another --target, or --label-tokens at which the label can be read."
+        f"Feature absorption of {target} in {name} was not measured: {error}. It is measured on "
+        "held-out rows that have the label and on which a linear probe finds it: give more labelled rows "
+        "(--limit and --where leave rows out), another --target, or --label-tokens at which it can be read."
     )
     return Section(title=f"Feature absorption: {target}, not measured", text=text)
 
