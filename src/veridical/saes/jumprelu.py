@@ -46,8 +46,8 @@ from veridical.saes.base import ENCODER_NORM, FIRED, SAE, Loss, figures, per_mem
 from veridical.saes.config import SAEConfig
 
 THRESHOLD = ENCODER_NORM
-"""Initial threshold: one standard deviation of the first pre-activations, those of rows of this norm on inputs
-of mean norm sqrt(d); about a sixth of the latents is active."""
+"""Initial threshold: one standard deviation of the first pre-activations, rows of this norm on inputs of mean
+norm sqrt(d); about a sixth of the latents is active."""
 
 
 class JumpReLU(SAE):
