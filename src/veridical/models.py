@@ -62,7 +62,8 @@ def load(
             effect.
 
     Raises:
-        InputError: A name or folder that is no model, or options that do not fit the source.
+        InputError: A name or folder that is no model, options that do not fit the source, or a device that is
+            not there.
         ModelError: A model that cannot be loaded, or whose sites fail the check.
     """
     if isinstance(source, HookedModel):
