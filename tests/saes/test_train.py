@@ -152,8 +152,6 @@ def test_one_diverging_member_is_cancelled_alone(vectors, caplog):
         ("x", {"kk": 3}, UnknownNameError, "nearest: k"),
         ("x", {"k": "many"}, ConfigError, "k = 'many'"),
         ("x", {"tokens": 12}, ConfigError, "less than a batch"),
-        ("x", {"seed": -1}, ConfigError, "seed is -1; expected a number from 0"),
-        ("x", {"seed": 10**30}, ConfigError, "expected a number from 0"),
         ("x", {"betas": (0.9, 1.0)}, ConfigError, r"betas are \(0.9, 1.0\); expected rates from 0"),
         ("x", {"bandwidth": 0.0}, ConfigError, "bandwidth is 0.0; expected a finite number above 0"),
         ("x", {"name": "a/b"}, ConfigError, "name = 'a/b': expected letters"),
@@ -201,6 +199,12 @@ def test_nan_in_the_data_is_named(vectors):
         vd.train_saes(late, config(tokens=25_600), holdout=0)
     with pytest.raises(NonFiniteError, match="x holds NaN"):
         vd.train_saes(np.full((600, 4), np.nan, dtype=np.float32), config(k=4, width=8))
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_a_seed_that_is_none_is_refused(vectors, seed):
+    with pytest.raises(ConfigError, match=f"seed is {seed}; expected a number from 0"):
+        vd.train_saes(vectors, [config(seed=seed)])
 
 
 @pytest.mark.parametrize("holdout", [1.0, -0.1])
