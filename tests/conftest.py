@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tiny_models import VOCABULARY, make
+from verb_data import save_llama, save_statements
 
 torch.set_num_threads(1)
 
@@ -29,6 +30,27 @@ def tiny():
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """The folder of a small chat model with random weights."""
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture
+def statements(tmp_path):
+    """A csv of pairs of a true and a false statement."""
+    return save_statements(tmp_path / "pairs.csv")
+
+
+@pytest.fixture
+def one_thread():
+    """One thread for what runs small products; what there was is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 CORPUS = (

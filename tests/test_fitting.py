@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import veridical as vd
-from verb_data import QUICK, believe_as_planted, fails, planted_pairs, run, save_llama, save_statements
+from verb_data import QUICK, believe_as_planted, fails, planted_pairs, run, save_llama
 from veridical import cli
 from veridical.probes import ProjectionEraser
 from veridical.probes.honesty_report import HonestyReport
@@ -15,23 +14,7 @@ from veridical.probes.learning import LearningCurve
 from veridical.reporting import Section
 from veridical.saved_result import load_result
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture
-def statements(tmp_path):
-    return save_statements(tmp_path / "pairs.csv")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_learning_curve_of_the_chosen_site_is_in_the_report(capsys, llama, statements, tmp_path):

@@ -18,8 +18,6 @@ from verb_data import (
     fails,
     planted_pairs,
     run,
-    save_llama,
-    save_statements,
     tokenizer,
 )
 from veridical import cli, demo, running
@@ -29,23 +27,7 @@ from veridical.reporting import Section
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("VERIDICAL_TEST_DATA", ROOT.parent / "shared" / "data"))
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture
-def statements(tmp_path):
-    return save_statements(tmp_path / "pairs.csv")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")

@@ -152,16 +152,26 @@ def _spell_switches(cls: type, words: list[str]) -> list[str]:
 
 
 def _complaint(box: str) -> str:
-    """The first paragraph of tyro's boxed message as one line."""
-    lines = [re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in box.splitlines()]
-    said = []
-    for line in lines:
-        if line.startswith("╭"):
-            continue
-        if line.startswith(("─", "╰")):
-            break
-        said.append(line)
-    return " ".join(part for part in said if part) or "wrong use of the command line"
+    """The first paragraph of tyro's boxed message as one line; the box is drawn in lines or in dashes."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines():
+        line = re.sub(r"^[│\s]+|[│\s]+$", "", line)
+        if re.match(r"[─╭╰]|-{5,}$", line):
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    # What stands before the first rule is at most the title.
+    said = " ".join(next((part for part in parts[1:] if part), parts[0]))
+    refused = re.search(
+        r"validation errors? for \S+ (\w+) (.+?) \[type=\w+, input_value=(.*?), input_type", said
+    )
+    if refused is not None:
+        said = f"{refused[1]} = {refused[3]}: {refused[2]}"
+    choice = re.match(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*)\) ?\.$", said)
+    if choice is not None:
+        said = str(unknown(f"choice for {choice[2]}:", choice[1], re.findall(r"'(.*?)'", choice[3])))
+    said = said.split(". Got errors:")[0].rstrip(".")
+    return said or "wrong use of the command line"
 
 
 def _overview(of: str = "") -> str:

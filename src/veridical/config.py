@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -19,6 +19,9 @@ from veridical.errors import ConfigError, unknown
 STRICT = pydantic.ConfigDict(extra="forbid", validate_default=False)
 DType = Literal["float32", "float16", "bfloat16"]
 Sites = str | tuple[str, ...]
+Count = Annotated[int, pydantic.Field(ge=1)]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+Minutes = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -33,9 +36,9 @@ class CollectConfig:
     """Folder of the store; memory only when not given."""
     dtype: DType = "float32"
     """Number format of the stored activations."""
-    batch_tokens: int = 2048
+    batch_tokens: Count = 2048
     """Tokens in one batch, padding included. 2048 suits the caches of a few cores; raise it on a GPU."""
-    shard_mb: int = 256
+    shard_mb: Count = 256
     """Size of one shard file. A shard is the unit of resuming: a killed run repeats at most one."""
     max_length: int | None = None
     """Longest prompt in tokens; the model's context when not given."""
@@ -64,7 +67,7 @@ class ProbeConfig:
     """Share of the pairs held out for the reported figures (a split column in the data wins)."""
     strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Inverse L2 strengths C that are tried."""
-    bootstrap: int = 500
+    bootstrap: Count = 500
     """Resamples of whole pairs for the 95 % intervals."""
     shuffles: int = 20
     """Fits on labels permuted over pairs, for the control."""
@@ -79,7 +82,7 @@ class ProbeConfig:
     solve_on: str | None = None
     """Device on which the fits are solved, such as cuda:0; where the activations are when not given, which is
     the CPU for a store."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of folds, bootstraps and shuffles."""
     progress: bool | None = None
     """Progress bar; by default only on a terminal or in a notebook."""
@@ -99,11 +102,11 @@ class HonestyConfig:
     """Folds by pair: each row is judged by a probe that saw nothing of its pair."""
     strengths: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """Inverse L2 strengths C that are tried."""
-    bootstrap: int = 500
+    bootstrap: Count = 500
     """Resamples of whole pairs for the 95 % intervals."""
     text_baseline: bool = True
     """Fit TF-IDF with logistic regression on the text alone, with the same folds."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of folds and bootstraps."""
     progress: bool | None = None
     """Progress bar; by default only on a terminal or in a notebook."""
@@ -129,9 +132,9 @@ class BeliefConfig:
     """Lying system prompts, where questions without prompts of their own are made into rows."""
     min_coverage: float = 0.5
     """Probability on the options below which the report asks for another style."""
-    batch_tokens: int = 4096
+    batch_tokens: Count = 4096
     """Tokens in one batch."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the option orders."""
     progress: bool | None = None
     """Progress bar; by default only on a terminal or in a notebook."""
@@ -164,7 +167,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no recipe at {path}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Recipes)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if recipe is None:
@@ -172,6 +175,20 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ConfigError(f"{path} holds a {type(recipe).__name__}; expected keys and values")
     return {str(key).replace("-", "_"): value for key, value in recipe.items()}
+
+
+class _Recipes(yaml.SafeLoader):
+    """YAML, read safely; a key that stands twice is an error and not the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} twice in one mapping", key.start_mark
+                )
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

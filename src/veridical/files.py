@@ -13,6 +13,12 @@ from typing import IO, Any
 
 from veridical.errors import DamagedFileError, DiskFullError, InputError
 
+UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+"""A place that cannot be written to, whatever is free."""
+
 
 def write_bytes(path: str | Path, content: bytes) -> Path:
     """Writes `content` to `path` whole or not at all."""
@@ -89,7 +95,7 @@ def explaining_disk(path: str | Path) -> Iterator[None]:
                 f"no space left while writing {path}; what was complete before is kept: "
                 "free some space and run again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in UNWRITABLE:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
         raise
 

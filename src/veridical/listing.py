@@ -15,6 +15,8 @@ from veridical.files import read_json
 
 DEPTH = 4
 SKIPPED = {"node_modules", "site-packages", "__pycache__"}
+DICTIONARY = {"dict_size": "latents", "activation_dim": "input width", "k": "k", "layer": "layer"}
+"""What a config of dictionary_learning says of a dictionary, in words."""
 HEADINGS = ("name", "kind", "size", "what it holds")
 
 
@@ -78,6 +80,10 @@ def _item(here: Path, names: set[str]) -> Item | None:
         return _store(here)
     if names & {"sae_weights.safetensors", "sae.veridical.safetensors"}:
         return _sae(here, names)
+    if {"cfg.json", "sae.safetensors"} <= names:
+        return _sparsify(here)
+    if {"config.json", "ae.pt"} <= names:
+        return _dictionary(here)
     if {"config.json", "weights.safetensors"} <= names:
         return _fitted(here)
     if {"result.json", "section.json"} <= names:
@@ -125,6 +131,23 @@ def _sae(here: Path, names: set[str]) -> Item:
     said += [site for site in (options["site"], *options["sites"]) if site]
     if figures.get("l0") is not None and figures.get("fvu") is not None:
         said.append(f"L0 {figures['l0']:.3g}, FVU {figures['fvu']:.3f}")
+    return Item(str(here), "SAE", _size(here), ", ".join(said))
+
+
+def _sparsify(here: Path) -> Item:
+    """A coder of sparsify, the folder of one hookpoint."""
+    cfg = read_json(here / "cfg.json")
+    kind = "transcoder" if cfg.get("transcode") else "topk"
+    return Item(
+        str(here), "SAE", _size(here), f"of sparsify: {kind}, k {cfg['k']}, input width {cfg['d_in']}"
+    )
+
+
+def _dictionary(here: Path) -> Item:
+    """A dictionary of dictionary_learning, the folder of one trainer."""
+    trainer = read_json(here / "config.json")["trainer"]
+    said = [f"of dictionary_learning: {trainer['dict_class']}"]
+    said += [f"{label} {trainer[key]}" for key, label in DICTIONARY.items() if trainer.get(key) is not None]
     return Item(str(here), "SAE", _size(here), ", ".join(said))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from veridical import architectures, lens, selftest
+from veridical.devices import usable
 from veridical.errors import InputError, ModelError, misspelt, nearest, unknown
 from veridical.hooked import HookedModel
 from veridical.scoring import quiet
@@ -61,7 +62,8 @@ def load(
             effect.
 
     Raises:
-        InputError: A name or folder that is no model, or options that do not fit the source.
+        InputError: A name or folder that is no model, options that do not fit the source, or a device that is
+            not there.
         ModelError: A model that cannot be loaded, or whose sites fail the check.
     """
     if isinstance(source, HookedModel):
@@ -134,7 +136,7 @@ def _load_named(
 def choose(device: Any, dtype: Any, config: Any = None) -> tuple[torch.device, Any, str]:
     """Device and number format, and why, in one line such as "float32 on cpu: no accelerator found"."""
     if device is not None:
-        where, why = torch.device(device), "as asked"
+        where, why = usable(device), "as asked"
     elif torch.cuda.is_available():
         where, why = torch.device("cuda"), f"found {torch.cuda.get_device_name()}"
     elif torch.backends.mps.is_available():

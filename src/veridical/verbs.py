@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic.dataclasses import dataclass
 
-from veridical.config import STRICT, BeliefConfig, CollectConfig, ProbeConfig
+from veridical.config import STRICT, BeliefConfig, CollectConfig, Count, ProbeConfig, Seed
 from veridical.inputs import Folders, Inputs, OutFolder
 from veridical.interventions.verbs import PatchVerb
 from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
@@ -32,7 +32,7 @@ class CollectVerb(CollectConfig, Inputs):
 
     store: Path | None = None
     """Folder of the store and of what made it; runs/collect-MODEL-DATA when not given."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the pairs that --limit keeps."""
 
 
@@ -92,11 +92,11 @@ class ProbeEvalVerb(Inputs):
     """Row conditions; the probe's own when not given."""
     out: OutFolder = None
     """Folder for everything the run writes; runs/probe-eval-MODEL-DATA when not given."""
-    bootstrap: int = 500
+    bootstrap: Count = 500
     """Resamples of whole pairs for the 95 % intervals."""
     force: bool = False
     """Use the probe on another model than it was fitted on, such as a fine-tuned descendant."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of resamples, and of the pairs that --limit keeps."""
 
 
@@ -149,7 +149,7 @@ class ProbeMonitorVerb(Inputs):
     """Folder for everything the run writes; runs/probe-monitor-MODEL when not given."""
     force: bool = False
     """Use the probe on another model than it was fitted on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the pairs that --limit keeps."""
 
 

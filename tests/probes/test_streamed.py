@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 import veridical as vd
 from activations.fake import FakeModel
 from veridical.activations import collect
-from veridical.errors import DataError, NonFiniteError
+from veridical.errors import ConfigError, DataError, NonFiniteError
 from veridical.probes import evaluate
 from veridical.probes.base import Problems
 from veridical.probes.kinds import kind
@@ -242,15 +242,15 @@ def test_only_the_estimators_that_are_named_stream():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error", "said"),
     [
-        ({"memory_gb": 0}, "memory_gb is 0"),
-        ({"memory_gb": 1e-5}, r"vectors of width 40 need 7.68e-05 GB for a Gram matrix .* memory_gb = 1e-05"),
-        ({"solve_on": "abacus"}, "solve_on is 'abacus', where float64 cannot be had"),
+        ({"memory_gb": 0}, DataError, "memory_gb is 0"),
+        ({"memory_gb": 1e-5}, DataError, r"width 40 need 7.68e-05 GB for a Gram matrix .* memory_gb = 1e-05"),
+        ({"solve_on": "abacus"}, ConfigError, "solve_on is 'abacus', where float64 cannot be had"),
     ],
 )
-def test_memory_and_devices_that_are_not_there_are_refused(acts, options, said):
-    with pytest.raises(DataError, match=said) as caught:
+def test_memory_and_devices_that_are_not_there_are_refused(acts, options, error, said):
+    with pytest.raises(error, match=said) as caught:
         vd.fit_probes(acts, **FAST, **options)
     assert "\n" not in str(caught.value)
 

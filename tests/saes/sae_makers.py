@@ -7,6 +7,28 @@ from veridical.saes.kinds import KINDS, kind
 
 PLAIN = ("relu", "gated", "jumprelu", "topk", "batch_topk", "matryoshka")
 EVERY = tuple(KINDS)
+D = 12
+CONFIGS = {
+    "relu": {"sparsity": 0.3},
+    "gated": {"sparsity": 0.3},
+    "jumprelu": {"sparsity": 0.2, "bandwidth": 0.4},
+    "topk": {"k": 5},
+    "batch_topk": {"k": 5},
+    "matryoshka": {"k": 5, "prefixes": (7, 20, 40)},
+    "transcoder": {"k": 5, "site": "resid_pre.0", "target_site": "mlp_out.0", "skip": True},
+    "jumprelu_transcoder": {
+        "sparsity": 0.2,
+        "bandwidth": 0.4,
+        "site": "resid_pre.0",
+        "target_site": "mlp_out.0",
+        "skip": True,
+    },
+    "crosscoder": {"k": 5, "sites": ("resid_post.0", "resid_post.1", "resid_post.2")},
+}
+
+
+def config(architecture, **options):
+    return SAEConfig(architecture=architecture, width=40, **{**CONFIGS[architecture], **options})
 
 
 def random_sae(
@@ -33,6 +55,17 @@ def random_sae(
         sae.scale.fill_(scale)
         sae.scale_out.fill_(scale if scale_out is None else scale_out)
     return sae.eval().requires_grad_(False)
+
+
+def made(architecture, seed=3, **options):
+    """A random SAE of 40 latents to train: float64, scales that are not 1, a transcoder's targets 9 wide."""
+    d_out = 9 if "transcoder" in architecture else None
+    sae = random_sae(
+        architecture, D, d_out, seed=seed, scale=0.7, scale_out=1.3 if d_out else 0.7,
+        **{**CONFIGS[architecture], **options},
+    )  # fmt: skip
+    sae.variance.fill_(9.0)
+    return sae.double().train().requires_grad_(True)
 
 
 def exact_sae(d, site=None):

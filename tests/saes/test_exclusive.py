@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from making import made
+from sae_makers import made
 
 from veridical.errors import DataError, InputError
 from veridical.saes import latent_scaling

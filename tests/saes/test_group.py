@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from making import CONFIGS
 from planted_features import activations
+from sae_makers import CONFIGS
 
 from veridical.errors import InputError
 from veridical.saes import SAEConfig

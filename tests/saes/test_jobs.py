@@ -338,12 +338,51 @@ def test_eval_reads_four_kinds_of_folders_and_finds_them_equal(capsys, foreign, 
     assert "layers.1" in (tmp_path / "eval" / "report.html").read_text()
 
 
+def test_the_list_names_folders_of_four_libraries(capsys, foreign, tmp_path):
+    said = run(capsys, "ls", foreign).split("In ")[1]
+    lines = {line.split()[0].removeprefix(f"{foreign}/"): line for line in said.splitlines()[2:]}
+    assert set(lines) == {"ours", "saelens", "sparsify/layers.1", "dictionary"}
+    assert all(line.split()[1] == "SAE" for line in lines.values())
+    assert lines["saelens"].endswith("of SAELens")
+    assert lines["sparsify/layers.1"].endswith("of sparsify: topk, k 4, input width 32")
+    said = "of dictionary_learning: AutoEncoderTopK, latents 64, input width 32, k 4, layer 1"
+    assert lines["dictionary"].endswith(said)
+    shutil.copytree(foreign / "dictionary", tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text("[]")
+    assert "cannot be read" in run(capsys, "ls", tmp_path)
+
+
 def test_eval_reads_a_label_from_few_latents(capsys, trained, model_folder, data, tmp_path):
     words = [trained / "saes" / "eight", "--model", model_folder, "--data", data, *QUICK]
     run(capsys, "sae", "eval", *words, "--target", "label", "--out", tmp_path / "eval")
     frame = pd.read_csv(tmp_path / "eval" / "latents-eight.csv")
     assert {"latents, k=1", "dimensions, k=1", "all dimensions", "text alone"} <= set(frame["who"])
-    assert "few latents" in (tmp_path / "eval" / "report.html").read_text()
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert "few latents" in page
+    assert "not measured" not in page.split("Feature absorption")[0]
+    # Without a label it is said that these figures are missing, and what they need; nothing old stays.
+    said = run(capsys, "sae", "eval", *words, "--out", tmp_path / "eval")
+    why = "Give --target COLUMN, a column of two values (these data have label, split)"
+    assert why in said
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert why in page
+    assert "few latents" not in page
+    run(capsys, "sae", "eval", *words, "--target", "label", "--out", tmp_path / "eval")
+    assert why not in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_missing_absorption_is_said(capsys, monkeypatch, trained, model_folder, data, tmp_path):
+    def refuse(*_, **__):
+        raise DataError("the linear probe finds label on no held-out row: there is no feature to absorb")
+
+    monkeypatch.setattr("veridical.saes.absorption.measure_absorption", refuse)
+    words = [trained / "saes" / "eight", "--model", model_folder, "--data", data, *QUICK, "--target", "label"]
+    assert cli.main([*map(str, ["sae", "eval", *words]), "--out", str(tmp_path / "eval")]) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    page = (tmp_path / "eval" / "report.html").read_text()
+    for part in ("not measured: the linear probe finds label on no held-out row", "give more labelled rows"):
+        assert part in shown
+        assert part in page
 
 
 def test_features_get_an_index_and_pages(capsys, trained, model_folder, data, tmp_path):
@@ -400,6 +439,12 @@ def test_an_sae_of_another_model_is_said(capsys, trained, tiny, tokenizer, data,
         (["--architecture", "transcoder"], "names both site and target_site"),
         (["--name", "a/b"], "letters, digits"),
         (["--split", "tets"], "no row"),
+        (["--device", "gpu"], "device is 'gpu', where float32 cannot be had"),
+        (["--device", "meta"], "device is 'meta'"),
+        (["--betas", "1.5", "0.9"], "betas are (1.5, 0.9)"),
+        (["--data-seed", "-1"], "data_seed = -1"),
+        (["--batch-tokens", "0"], "batch_tokens = 0"),
+        (["--keep", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, model_folder, data, tmp_path, words, said):
@@ -416,6 +461,36 @@ def test_bad_recipes_of_several_saes(capsys, model_folder, data, tmp_path):
     ):
         (tmp_path / "recipe.yaml").write_text(text)
         assert said in fails(capsys, "sae", "train", "--config", tmp_path / "recipe.yaml", *given)
+
+
+def test_a_run_in_which_every_sae_diverged_ends_with_status_2(capsys, model_folder, data, tmp_path):
+    words = ["--model", model_folder, "--data", data, *SMALL, "--k", "4", "--lr", "1e30", "--name", "wild"]
+    assert cli.main(["sae", "train", *words, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("veridical: none of 1 SAEs was trained to the end; wild was cancelled: its loss")
+    assert "wild was cancelled" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_bad_sweeps(capsys, model_folder, data, tmp_path):
+    common = f"common: {{site: {SITE}, width: 64, batch: 64, tokens: 2560}}\n"
+    for text, said in (
+        ("grid: {k: [4, 8]}\nfirst: 2560", "first = 2560: nobody would be judged"),
+        ("configs: [{k: 4, name: a/b}]", "name = 'a/b'"),
+        ("grid: {k: [4, 8]}\nresources: {cpu: 1}", "engine ray"),
+        ("grid: {k: [4, 8]}\ngrid: {k: [4]}", "the key 'grid' twice"),
+    ):
+        (tmp_path / "bad.yaml").write_text(common + text)
+        words = ["--config", tmp_path / "bad.yaml", "--model", model_folder, "--data", data]
+        assert said in fails(capsys, "sae", "sweep", *words, "--out", tmp_path / "run")
+
+
+def test_an_sae_read_at_another_site_says_so(capsys, trained, model_folder, data, tmp_path):
+    words = [trained / "saes" / "eight", "--model", model_folder, "--data", data, *QUICK]
+    words += ["--site", "resid_post.0", "--out", tmp_path / "eval"]
+    assert cli.main([*map(str, ["sae", "eval", *words])]) == 0
+    assert (
+        "eight was trained at resid_post.1; as asked, it is read at resid_post.0" in capsys.readouterr().err
+    )
 
 
 def test_bad_folders(capsys, trained, model_folder, data, tmp_path):

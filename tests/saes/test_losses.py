@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from making import CONFIGS, D, config, jittered, made
 from oracles import dense_loss, gradients
+from sae_makers import CONFIGS, made
 
-from veridical.saes.kinds import KINDS, kind
+from veridical.saes.kinds import KINDS
 
 SPARSE = ("topk", "batch_topk", "matryoshka", "transcoder", "crosscoder")
 
@@ -88,11 +88,7 @@ def test_a_stack_computes_what_its_members_do_alone(architecture, vectors):
         if architecture in SPARSE
         else [{"sparsity": s} for s in (0.1, 1.0, 3.0)]
     )
-    d_out = 9 if "transcoder" in architecture else None
-    saes = [
-        jittered(kind(architecture)(config(architecture, **options), D, d_out), seed)
-        for seed, options in enumerate(own)
-    ]
+    saes = [made(architecture, seed, **options) for seed, options in enumerate(own)]
     dead = torch.zeros(3, 40, dtype=torch.bool)
     dead[0, :6], dead[2, 30:] = True, True
     x, y = batch_for(architecture, vectors)

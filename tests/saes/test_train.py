@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from making import CONFIGS
 from planted_features import activations
+from sae_makers import CONFIGS
 
 import veridical as vd
 from veridical.errors import ConfigError, DataError, InputError, NonFiniteError, UnknownNameError
@@ -69,6 +69,15 @@ def test_every_architecture_learns(architecture):
     assert figures.fvu < 0.5
     assert 0 < figures.l0 < 24
     assert figures.dead < 0.5
+
+
+def test_jumprelu_follows_its_penalty_in_a_short_run():
+    """Adam moves a log-threshold by at most the learning rate in a step: it must not start far off."""
+    options = {"architecture": "jumprelu", "width": 48, "batch": 128, "lr": 3e-3, "tokens": 51_200}
+    runs = vd.train_saes(activations(8192), [vd.SAEConfig(sparsity=s, **options) for s in (0.1, 3.0)])
+    weak, strong = (run.figures for run in runs)
+    assert strong.l0 < 0.6 * weak.l0 < 0.6 * 48 / 6
+    assert weak.fvu < strong.fvu < 0.2
 
 
 def test_a_list_of_batches_a_function_and_an_array_train_alike(vectors):
@@ -143,6 +152,12 @@ def test_one_diverging_member_is_cancelled_alone(vectors, caplog):
         ("x", {"kk": 3}, UnknownNameError, "nearest: k"),
         ("x", {"k": "many"}, ConfigError, "k = 'many'"),
         ("x", {"tokens": 12}, ConfigError, "less than a batch"),
+        ("x", {"betas": (0.9, 1.0)}, ConfigError, r"betas are \(0.9, 1.0\); expected rates from 0"),
+        ("x", {"bandwidth": 0.0}, ConfigError, "bandwidth is 0.0; expected a finite number above 0"),
+        ("x", {"name": "a/b"}, ConfigError, "name = 'a/b': expected letters"),
+        ("x", {"name": "n" * 300}, ConfigError, "at most 100"),
+        ("x", {"width": 10**12}, ConfigError, "GB of weights, and this machine"),
+        ("two", {"architecture": "crosscoder", "sites": ("a", "a")}, ConfigError, "expected each once"),
         ("two", {}, InputError, "names no site, and the data hold several: a, b"),
         ("two", {"architecture": "crosscoder", "sites": ("a", "b")}, InputError, "widths"),
         ("uneven", {"site": "a"}, DataError, "one number for all"),
@@ -184,6 +199,12 @@ def test_nan_in_the_data_is_named(vectors):
         vd.train_saes(late, config(tokens=25_600), holdout=0)
     with pytest.raises(NonFiniteError, match="x holds NaN"):
         vd.train_saes(np.full((600, 4), np.nan, dtype=np.float32), config(k=4, width=8))
+
+
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_a_seed_that_is_none_is_refused(vectors, seed):
+    with pytest.raises(ConfigError, match=f"seed is {seed}; expected a number from 0"):
+        vd.train_saes(vectors, [config(seed=seed)])
 
 
 @pytest.mark.parametrize("holdout", [1.0, -0.1])

@@ -158,7 +158,7 @@ def _fires(names: list[str]) -> bool:
 
 def interval(value: float | None, low: float | None, high: float | None) -> str:
     """`0.93 [0.90, 0.96]`, or what there is of it."""
-    if value is None or low is None or high is None:
+    if low is None or high is None or number(value) == number(None):
         return number(value)
     return f"{number(value)} [{number(low)}, {number(high)}]"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from veridical.devices import usable
 from veridical.errors import DataError
 from veridical.probes.streamed import COLUMN_BYTES
 
@@ -38,11 +39,16 @@ class Room:
         """What the options allow.
 
         Raises:
-            DataError: No memory, or a device that is not there or has no float64.
+            DataError: No memory.
+            ConfigError: A device that is not there or has no float64.
         """
         if not 0 < config.memory_gb < float("inf"):
             raise DataError(f"memory_gb is {config.memory_gb}; expected a number above 0")
-        return cls(int(config.memory_gb * 1e9), _device(config.solve_on))
+        device = config.solve_on
+        return cls(
+            int(config.memory_gb * 1e9),
+            None if device is None else usable(device, "solve_on", torch.float64),
+        )
 
     def columns(self, rows: int) -> int:
         """Label sets whose masks and scores of so many rows take a quarter of the memory."""
@@ -73,15 +79,3 @@ class Room:
             log.info("streaming %s, and sites of that size, in chunks: %s", site, size)
             self.said = True
         return lambda rows: source.stream(site, rows, self.memory, self.device)
-
-
-def _device(name: str | None) -> torch.device | None:
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        said = str(error).splitlines()[0]
-        raise DataError(f"solve_on is {name!r}, where float64 cannot be had: {said}") from error
-    return device

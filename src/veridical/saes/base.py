@@ -9,6 +9,7 @@ outputs divided by `scale_out`; `folded` puts both into the weights.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,6 +330,19 @@ class SAE(nn.Module):
         widths = {config.latents(self.d_in) for config in self.configs}
         if len(widths) > 1:
             raise ConfigError(f"members of a stack have {sorted(widths)} latents; expected one width")
+        weights = 4 * len(self.configs) * max(widths) * (self.d_in + self.d_out)
+        if weights > (memory := _memory()):
+            raise ConfigError(
+                f"{self.config.label}: {max(widths):,} latents have {weights / 1e9:,.0f} GB of weights, and "
+                f"this machine {memory / 1e9:,.0f} GB of memory; expected a smaller width"
+            )
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def unit_rows(matrix: Tensor) -> Tensor:

@@ -92,21 +92,17 @@ def _halves(rows: HeldOut) -> np.ndarray:
 
 def _components(sae: SAE, rows: HeldOut, half: np.ndarray, components: int) -> list[tuple[Tensor, Tensor]]:
     """Mean `[d]` and leading components `[d, k]` for each half, of the other half's rows."""
-    shift: Tensor | None = None
-    counts, sums, squares = [0, 0], [], []
+    # Moments about a point near the mean: sums of squares far from it would lose digits.
+    shift = next(rows.blocks(sae))[2].double().mean(0)
+    counts, sums = [0, 0], [torch.zeros_like(shift) for _ in range(2)]
+    squares = [torch.zeros(len(shift), len(shift)).to(shift) for _ in range(2)]
     for where, _, y in rows.blocks(sae):
         flat, side = y.double(), half[rows.groups[where]]
-        if shift is None:
-            # Moments about a point near the mean: sums of squares far from it would lose digits.
-            shift = flat.mean(0)
-            sums = [torch.zeros_like(shift) for _ in range(2)]
-            squares = [torch.zeros(len(shift), len(shift)).to(flat) for _ in range(2)]
         for number in range(2):
             part = flat[torch.from_numpy(side != number).to(flat.device)] - shift
             counts[number] += len(part)
             sums[number] += part.sum(0)
             squares[number] += part.T @ part
-    assert shift is not None
     made = []
     for count, total, square in zip(counts, sums, squares):
         mean = total / max(count, 1)

@@ -6,6 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal, get_args
 
 from pydantic.dataclasses import dataclass
@@ -168,7 +169,15 @@ class SAEConfig:
                 raise ConfigError(
                     f"{self.label}: {option} is {getattr(self, option)}; expected a share from 0 to 1"
                 )
-        for option in ("lr", "aux", "bandwidth", "sparsity"):
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"{self.label}: seed is {self.seed}; expected a number from 0 to 2**63 - 1")
+        if not all(0 <= rate < 1 for rate in self.betas):
+            raise ConfigError(f"{self.label}: betas are {self.betas}; expected rates from 0 to below 1")
+        if not 0 < self.bandwidth < math.inf:
+            raise ConfigError(
+                f"{self.label}: bandwidth is {self.bandwidth}; expected a finite number above 0"
+            )
+        for option in ("lr", "aux", "sparsity"):
             value = getattr(self, option)
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{self.label}: {option} is {value}; expected a finite number, 0 or more")
@@ -177,8 +186,19 @@ class SAEConfig:
                 f"{self.label}: k is {self.k}, but there are only {width} latents (input width {d_in}); "
                 "expected k of at most the width"
             )
+        self.check_name()
         self._check_sites()
         self._check_prefixes(width)
+
+    def check_name(self) -> None:
+        """Refuses a name that is none for a folder.
+
+        Raises:
+            ConfigError: Says what a name is made of.
+        """
+        if self.name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", self.name):
+            said = self.name if len(self.name) < 100 else f"{self.name[:20]}..."
+            raise ConfigError(f"name = {said!r}: expected letters, digits, dots and dashes, at most 100")
 
     def _check_sites(self) -> None:
         kind = self.architecture
@@ -188,6 +208,8 @@ class SAEConfig:
             raise ConfigError(f"{self.label}: target_site and skip belong to a transcoder; this is a {kind}")
         if kind == "crosscoder" and (self.site is not None or len(self.sites) < 2):
             raise ConfigError(f"{self.label}: a crosscoder reads two or more `sites`, not one site")
+        if len(set(self.sites)) < len(self.sites):
+            raise ConfigError(f"{self.label}: sites are {', '.join(self.sites)}; expected each once")
         if kind != "crosscoder" and self.sites:
             raise ConfigError(f"{self.label}: sites belongs to a crosscoder; a {kind} reads one site")
 

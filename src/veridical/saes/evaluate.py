@@ -204,11 +204,9 @@ def _measure(sae: SAE, rows: HeldOut, mean: Tensor) -> _Sums:
 
 def _mean(sae: SAE, rows: HeldOut) -> Tensor:
     """Mean of the targets `[d_out]`, float64."""
-    total: Tensor | None = None
+    total = torch.zeros(sae.d_out, dtype=torch.float64, device=sae.b_dec.device)
     for _, _, y in rows.blocks(sae):
-        part = y.double().sum(0)
-        total = part if total is None else total + part
-    assert total is not None
+        total += y.double().sum(0)
     return total / rows.count
 
 

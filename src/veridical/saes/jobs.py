@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veridical.console import said_where, step
-from veridical.errors import ConfigError, DataError
+from veridical.errors import ConfigError, InputError
 from veridical.reporting import Section, report
 from veridical.running import folder_for, load_model, records
 from veridical.saes import steps
-from veridical.saes.texts import cut, load_texts
+from veridical.saes.texts import NESTED, cut, load_texts
 from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
     from veridical.hooked import HookedModel
+    from veridical.pairs import Pairs
     from veridical.saes.base import SAE
     from veridical.saes.features import FeatureTable
     from veridical.saes.separate import Separation
@@ -59,6 +60,7 @@ def train(options: SAETrainVerb) -> Path:
     steps.finish(out, options, runs, given, "sae train")
     log.info("SAEs: %s", out / "saes")
     said_where(report(out, out / "report.html", title=f"SAEs on {given.name}", intro=TRAINED))
+    steps.refuse_empty(runs)
     return out
 
 
@@ -76,6 +78,7 @@ def sweep(options: SAESweepVerb) -> Path:
     steps.finish(out, options, swept, given, "sae sweep")
     log.info("SAEs: %s", out / "saes")
     said_where(report(out, out / "report.html", title=f"Sweep of SAEs on {given.name}", intro=TRAINED))
+    steps.refuse_empty(swept.runs)
     return out
 
 
@@ -91,6 +94,7 @@ def evaluate(options: SAEEvalVerb) -> Path:
     saes = {name: steps.placed(model, sae, options.site) for name, sae in saes.items()}
     pairs = load_texts(out, model, options, options.seed, _columns(options.target, options.where))
     texts, found = cut(model, pairs, options.context), {}
+    _drop_sections(out, "latents*")
     for name, sae in saes.items():
         with step(f"figures of {name}: {sae}"):
             found[name] = steps.judged(sae, model, texts, options, options.seed)
@@ -100,6 +104,8 @@ def evaluate(options: SAEEvalVerb) -> Path:
         if options.target is not None:
             with step(f"{options.target} from few latents of {name}"):
                 _few_latents(out, name, sae, model, texts, options)
+    if options.target is None:
+        _without_labels(pairs).save(out / "latents")
     steps.compared(found).save(out)
     facts = steps.facts(model, pairs) | {"saes": [str(folder) for folder in options.saes]}
     steps.keep(out, options, "sae eval", facts, {"saes": steps.figures(found)})
@@ -182,17 +188,21 @@ def separation_section(between: Separation) -> Section:
 
 def write_pages(out: Path, table: FeatureTable, listed: Sequence[int], model: HookedModel) -> None:
     """The index, and a page for each of `listed`, as sections in `out`; pages of an earlier run go."""
-    for old in out.glob("feature-*"):
-        if {file.name for file in old.iterdir()} <= {"section.json"}:
-            shutil.rmtree(old)
+    _drop_sections(out, "feature-*")
     table.report_section().save(out / "all")
     for at, (feature, page) in enumerate(zip(listed, table.pages(listed, _with_logits(table, model)))):
         page.save(out / f"feature-{at:03d}-{feature}")
 
 
+def _drop_sections(out: Path, pattern: str) -> None:
+    """Deletes sections of an earlier run, which would stand in the report of this one."""
+    for old in out.glob(pattern):
+        if old.is_dir() and {file.name for file in old.iterdir()} <= {"section.json"}:
+            shutil.rmtree(old)
+
+
 def _with_logits(table: FeatureTable, model: HookedModel) -> HookedModel | None:
     """The model where features have a direct path to its logits, else None."""
-    from veridical.errors import InputError
     from veridical.saes.logit_effects import logit_effects
 
     try:
@@ -237,11 +247,40 @@ def _few_latents(
     probes.to_frame().to_csv(out / f"latents-{name}.csv", index=False)
     try:
         absorbed = measure_absorption(sae, acts, **shared)
-    except DataError as error:
-        log.warning("no absorption of %s in %s: %s", options.target, name, error)
-        return
-    log.info("  %s", absorbed)
-    absorbed.report_section().save(out / f"latents-{name}-absorption")
+    except InputError as error:
+        section = _not_absorbed(str(options.target), name, error)
+        log.warning(section.text)
+    else:
+        section = absorbed.report_section()
+        log.info("  %s", absorbed)
+    section.save(out / f"latents-{name}-absorption")
+
+
+def _not_absorbed(target: str, name: str, error: InputError) -> Section:
+    """Says why absorption was not measured, and what it takes."""
+    text = (
+        f"Feature absorption of {target} in {name} was not measured: {error}. It is measured on "
+        "held-out rows that have the label and on which a linear probe finds it: give more labelled rows "
+        "(--limit and --where leave rows out), another --target, or --label-tokens at which it can be read."
+    )
+    return Section(title=f"Feature absorption: {target}, not measured", text=text)
+
+
+def _without_labels(pairs: Pairs) -> Section:
+    """Says that nothing was measured that needs a label, and which labels these data have."""
+    frame = pairs.to_pandas()
+    two = [
+        name for name in frame.columns
+        if name not in NESTED and frame[name].map(type).isin([bool, int, str]).all()
+        and frame[name].nunique() == 2
+    ]  # fmt: skip
+    have = f"these data have {', '.join(two)}" if two else "these data have no such column"
+    text = (
+        "Sparse probing and feature absorption were not measured: they need rows labelled with two classes. "
+        f"Give --target COLUMN, a column of two values ({have})."
+    )
+    log.info("  %s", text)
+    return Section(title="Labels: not measured", text=text)
 
 
 def _columns(target: str | None, where: Sequence[str]) -> list[str]:

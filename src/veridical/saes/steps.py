@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from veridical.config import CollectConfig, build, to_dict
 from veridical.console import step
+from veridical.devices import usable
 from veridical.errors import ConfigError, DataError
 from veridical.files import write_json
 from veridical.probes.card import interval, number
@@ -66,8 +68,7 @@ def members(options: SAETrainVerb) -> list[SAEConfig]:
     listed = [{key.replace("-", "_"): value for key, value in one.items()} for one in options.saes]
     made = [build(SAEConfig, base, **one) for one in listed] or [base]
     for config in made:
-        if config.name is not None and not re.fullmatch(r"\w[\w.+-]*", config.name):
-            raise ConfigError(f"name = {config.name!r}: expected letters, digits, dots and dashes")
+        config.check_name()
     return made
 
 
@@ -78,8 +79,15 @@ def sweep_config(options: SAESweepVerb) -> SweepConfig:
         ConfigError: No members, or rules that could judge nobody.
     """
     made = part(SweepConfig, options)
-    made.members()
+    members = made.members()
+    for config in members:
+        config.check_name()
     _ = made.rules
+    longest = max(config.tokens or math.inf for config in members)
+    if made.first is not None and made.first >= longest:
+        raise ConfigError(
+            f"first = {made.first}: nobody would be judged: no member trains on more than {longest:,} tokens"
+        )
     return made
 
 
@@ -91,6 +99,8 @@ def material(options: SAETraining, configs: Sequence[SAEConfig], verb: str) -> t
     """
     if options.eval_texts < 1:
         raise ConfigError(f"eval_texts = {options.eval_texts}: expected 1 or more")
+    if options.device is not None:
+        usable(options.device)
     if options.activations is not None:
         return _stored(options)
     options.require(verb)
@@ -199,6 +209,19 @@ def finish(out: Path, options: SAETraining, made: SAERuns | SAESweep, from_: Mat
     keep(out, options, verb, from_.facts, metrics)
 
 
+def refuse_empty(runs: SAERuns) -> None:
+    """Ends a run that gave no SAE as a failed one, once its report is written.
+
+    Raises:
+        DataError: Every member was cancelled; says why the first was.
+    """
+    if all(run.sae is None for run in runs):
+        first = next(iter(runs))
+        raise DataError(
+            f"none of {len(runs)} SAEs was trained to the end; {first.name} was cancelled: {first.cancelled}"
+        )
+
+
 def save(sae: SAE, found: Evaluation, data: str, folder: Path) -> None:
     """Saves a trained SAE with its figures on held-out texts of `data`."""
     from veridical.saes.saved import origin_of
@@ -287,6 +310,9 @@ def placed(model: HookedModel, sae: SAE, site: str | None) -> SAE:
     import copy
 
     if site is not None:
+        own, there = sae.config.site, [str(found) for found in model.resolve(site)]
+        if own is not None and own not in (site, *there):
+            log.warning("%s was trained at %s; as asked, it is read at %s", sae.config.label, own, site)
         sae = copy.copy(sae)
         sae.configs = (replace(sae.config, site=site),)
     if not sae.config.reads:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from veridical.config import STRICT, build, load_recipe
+from veridical.config import STRICT, Minutes, Seed, build, load_recipe
 from veridical.errors import ConfigError, unknown
 from veridical.saes.config import SAEConfig
 from veridical.saes.halving import Rules
@@ -71,9 +71,9 @@ class SweepConfig:
     """Folder of checkpoints and finished SAEs; a sweep that was stopped goes on from there."""
     holdout: float = 0.02
     """Share of the vectors that is never trained on and that members are judged on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the vectors and of what is held out."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Minutes = 5.0
     """Minutes between checkpoints; the last two are kept."""
     device: str | None = None
     """Where to train; a GPU if there is one."""

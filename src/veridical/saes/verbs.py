@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic.dataclasses import dataclass
 
-from veridical.config import STRICT, DType
+from veridical.config import STRICT, Count, DType, Minutes, Seed
 from veridical.inputs import Folders, Inputs, OutFolder
 from veridical.saes.config import SAEConfig
 from veridical.saes.sweep_config import SweepConfig
@@ -34,9 +34,9 @@ class Texts(Inputs):
     """Only the rows whose split column has this value, such as test."""
     read: str | int = "all"
     """Tokens that are read of each text: all, last, mean, answer, prompt_last, span, or an index."""
-    batch_tokens: int = 2048
+    batch_tokens: Count = 2048
     """Tokens in one batch of the model, padding included."""
-    bootstrap: int = 500
+    bootstrap: Count = 500
     """Resamples of whole texts (or pairs) for the 95 % intervals."""
     progress: bool | None = None
     """Progress bars; by default only on a terminal."""
@@ -56,7 +56,7 @@ class SAETraining(Texts):
     """Share of the texts (or pairs) that is never trained on; test rows of a split column in the data win."""
     eval_texts: int = 400
     """Held-out texts that the finished SAEs are judged on, at most."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: Minutes = 5.0
     """Minutes between checkpoints; the last two are kept."""
     tracker: Literal["trackio", "wandb"] | None = None
     """Log every SAE as a run of its own to trackio or wandb; nothing is sent when not given."""
@@ -85,7 +85,7 @@ class SAETrainVerb(SAEConfig, SAETraining):
     (`saes: [{k: 16}, {k: 32}]`), which are trained together.
     """
 
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Seed of the order of the vectors, of what is held out, and of the pairs that --limit keeps."""
     saes: Members = ()
     """What differs between several SAEs."""
@@ -120,7 +120,7 @@ class SAESweepVerb(SweepConfig, SAETraining):
     """Folder of checkpoints; OUT/training when not given. With engine ray, one that all machines see."""
     holdout: float = 0.05
     """Share of the texts (or pairs) that is never trained on; test rows of a split column in the data win."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the vectors, of what is held out, and of the pairs that --limit keeps."""
 
     @property
@@ -149,7 +149,7 @@ class SAEEvalVerb(Texts):
     """Row conditions of those probes, such as instructed_to_lie=True."""
     label_tokens: str | int = "last"
     """The one token of each row that those probes read, such as prompt_last."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of resamples, splits and the random dictionary, and of the pairs that --limit keeps."""
     out: OutFolder = None
     """Folder for everything the run writes; runs/sae-eval-MODEL-DATA when not given."""
@@ -182,7 +182,7 @@ class SAEFeaturesVerb(Texts):
     label_tokens: str | int = "last"
     """The token of each row at which the classes are compared, such as prompt_last; all compares the largest
     activation in the row."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of drawn examples, halves and permutations, and of the pairs that --limit keeps."""
     out: OutFolder = None
     """Folder for everything the run writes; runs/sae-features-MODEL-DATA when not given."""
