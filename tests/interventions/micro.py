@@ -10,11 +10,12 @@ All are transformers models that do exactly what is written here, not about that
   methods are judged at `sharpness=SOFT`.
 
 `Truth` names what matters in a model, as `veridical.interventions` names it: `head.0.1`, `mlp.1`, and edges
-such as `("head.0.1", "head.1.2:k")`. Whatever is not named has an effect of exactly zero.
+such as `head.0.1->head.1.2:k`. Whatever is not named has an effect of exactly zero.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -49,14 +50,14 @@ class Truth:
 
     Attributes:
         nodes: Senders on the way, in order.
-        edges: Sender and receiver, in order.
+        edges: Every edge that matters. Taking any one of them from the other text takes the whole effect.
         cells: Site, position from the end (-1 is the last) and head (None: the whole vector) of each single
             patch that restores the whole effect; any other patch of these kinds of site restores none of it.
         effect: What the metric (answer's logit minus a letter's that stands nowhere) changes by in all.
     """
 
     nodes: tuple[str, ...]
-    edges: frozenset[tuple[str, str]]
+    edges: frozenset[str]
     cells: frozenset[tuple[str, int, int | None]]
     effect: float
 
@@ -174,19 +175,19 @@ def contrast(what: str, rows: int = 4, length: int = 10, at: int = 3, seed: int 
     first, after = changed - length, at + 1 - length
     if what == "key":
         nodes = ("embed", previous, finder)
-        edges = {("embed", f"{previous}:v"), (previous, f"{finder}:k")}
+        edges = {f"embed->{previous}:v", f"{previous}->{finder}:k"}
         # Head 0.1 writes A at the place of B; from there on A's own place no longer matters.
         cells = {("v.0", first, PREVIOUS), ("z.0", after, PREVIOUS), ("attn_out.0", after, None)}
         cells |= {("k.1", after, INDUCTION)}
     else:
         nodes = ("embed", finder)
-        edges = {("embed", f"{finder}:{what[0]}")}
+        edges = {f"embed->{finder}:{what[0]}"}
         cells = {(f"{what[0]}.1", first, INDUCTION)}
         after = first
     cells |= {("resid_pre.0", first, None), ("z.1", -1, INDUCTION), ("attn_out.1", -1, None)}
     cells |= {(site, after, None) for site in ("resid_mid.0", "resid_post.0", "resid_pre.1")}
     cells |= {(site, -1, None) for site in ("resid_mid.1", "resid_post.1")}
-    truth = Truth(nodes, frozenset({*edges, (finder, "logits")}), frozenset(cells), ANSWER)
+    truth = Truth(nodes, frozenset({*edges, f"{finder}->logits"}), frozenset(cells), ANSWER)
     return Contrast(
         clean, corrupt, clean[:, at + 1], wrong, truth, {"A": at, "B": at + 1, "last": length - 1}
     )
@@ -201,16 +202,19 @@ def cells(truth: Truth, family: str) -> set[tuple[str, int, int | None]]:
     }
 
 
+def edges(truth: Truth, family: str) -> set[str]:
+    """The edges of a truth in a model of `family`, likewise."""
+    if family != "llama_grouped":
+        return set(truth.edges)
+    return {re.sub(r"(?<=\.)(\d+)(?=:[kv])", lambda found: str(int(found[0]) // 2), e) for e in truth.edges}
+
+
 # A chain: embed -> head.0.1 -> mlp.1 -> logits, with parts beside it that write where nothing reads
 
 CARRIER = 1
 YES, NO, ASK = FIRST, FIRST + 1, FIRST + 2
 GAIN = 8.0
-CHAIN = (
-    ("embed", f"head.0.{CARRIER}:v"),
-    (f"head.0.{CARRIER}", "mlp.1"),
-    ("mlp.1", "logits"),
-)
+CHAIN = (f"embed->head.0.{CARRIER}:v", f"head.0.{CARRIER}->mlp.1:in", "mlp.1->logits")
 
 
 def chain() -> nn.Module:
