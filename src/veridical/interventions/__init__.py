@@ -1,0 +1,25 @@
+"""Interventions: what a model's activations do to its outputs, found by changing them.
+
+`metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
+texts of unequal length.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from veridical.lazy import lazy
+
+if TYPE_CHECKING:
+    from veridical.interventions.inputs import Inputs
+    from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
+
+_HOME = {
+    "Inputs": "inputs",
+    "Metric": "metrics",
+    "ProbeMetric": "metrics",
+    "as_metric": "metrics",
+}
+__all__ = ["Inputs", "Metric", "ProbeMetric", "as_metric"]
+
+__getattr__, __dir__ = lazy(__name__, _HOME)
