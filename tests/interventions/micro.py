@@ -66,6 +66,8 @@ class Truth:
 
 PREVIOUS, INDUCTION = 1, 2
 """Head of layer 0 that copies the previous token, and of layer 1 that finds it."""
+TOK, PREV, OUT, ONE, POS = layout(VOCABULARY, VOCABULARY, VOCABULARY, 1, POSITIONS)
+"""Dimensions of the stream: token, token before, answer, a constant 1, and position (GPT-2 only)."""
 ANSWER = 16.0
 """Logit of the answer where attention is saturated; every other logit is 0."""
 
@@ -90,39 +92,38 @@ def induction(family: str = "gpt2", sharpness: float = EXACT, noise: float = 0.0
         noise: Standard deviation of random weights that are added to heads and MLPs that do nothing.
         seed: Of the noise.
     """
-    tok, prev, out, one, pos = layout(VOCABULARY, VOCABULARY, VOCABULARY, 1, POSITIONS)
     width, d_head = {"gpt2": (128, 32)}.get(family, (128, 64))
     model = bare(family, layers=2, width=width, d_head=d_head, positions=POSITIONS)
     # What leaves queries and keys as they are is at the end of each half of a head.
     still = list(range(VOCABULARY)) if family == "gpt2" else [*range(16, 32), *range(48, 64)][:VOCABULARY]
     letters = range(FIRST, VOCABULARY)
     if family == "gpt2":
-        ahead = {pos[i]: i + 1 for i in range(d_head - 1)}
+        ahead = {POS[i]: i + 1 for i in range(d_head - 1)}
         set_head(
-            model, 0, PREVIOUS, "q", matrix(width, d_head, {pos[i]: i for i in range(d_head)}, sharpness)
+            model, 0, PREVIOUS, "q", matrix(width, d_head, {POS[i]: i for i in range(d_head)}, sharpness)
         )
         set_head(model, 0, PREVIOUS, "k", matrix(width, d_head, ahead))
     else:
         query, key = turned_by_one(d_head, sharpness)
-        set_head(model, 0, PREVIOUS, "q", from_rows(width, {one[0]: query}))
-        set_head(model, 0, PREVIOUS, "k", from_rows(width, {one[0]: key}))
-    copied = {tok[t]: t for t in letters}
+        set_head(model, 0, PREVIOUS, "q", from_rows(width, {ONE[0]: query}))
+        set_head(model, 0, PREVIOUS, "k", from_rows(width, {ONE[0]: key}))
+    copied = {TOK[t]: t for t in letters}
     set_head(model, 0, PREVIOUS, "v", matrix(width, d_head, copied))
-    set_head(model, 0, PREVIOUS, "o", matrix(d_head, width, {t: prev[t] for t in letters}))
+    set_head(model, 0, PREVIOUS, "o", matrix(d_head, width, {t: PREV[t] for t in letters}))
     # Every query has half the score with BOS, whose own part of the query stands for "anything".
-    query = matrix(width, d_head, {tok[t]: still[t] for t in letters}, sharpness)
-    query[one[0], still[BOS]] = sharpness / 2
-    key = matrix(width, d_head, {prev[t]: still[t] for t in letters})
-    key[tok[BOS], still[BOS]] = 1.0
+    query = matrix(width, d_head, {TOK[t]: still[t] for t in letters}, sharpness)
+    query[ONE[0], still[BOS]] = sharpness / 2
+    key = matrix(width, d_head, {PREV[t]: still[t] for t in letters})
+    key[TOK[BOS], still[BOS]] = 1.0
     set_head(model, 1, INDUCTION, "q", query)
     set_head(model, 1, INDUCTION, "k", key)
     set_head(model, 1, INDUCTION, "v", matrix(width, d_head, copied))
-    set_head(model, 1, INDUCTION, "o", matrix(d_head, width, {t: out[t] for t in letters}))
-    embedding = matrix(VOCABULARY, width, {t: tok[t] for t in range(VOCABULARY)})
-    embedding[:, one[0]] = 1.0
-    write_ends(model, embedding, matrix(width, VOCABULARY, {out[t]: t for t in letters}, ANSWER).T)
+    set_head(model, 1, INDUCTION, "o", matrix(d_head, width, {t: OUT[t] for t in letters}))
+    embedding = matrix(VOCABULARY, width, {t: TOK[t] for t in range(VOCABULARY)})
+    embedding[:, ONE[0]] = 1.0
+    write_ends(model, embedding, matrix(width, VOCABULARY, {OUT[t]: t for t in letters}, ANSWER).T)
     if family == "gpt2":
-        write(model.transformer.wpe.weight, matrix(POSITIONS, width, dict(enumerate(pos))))
+        write(model.transformer.wpe.weight, matrix(POSITIONS, width, dict(enumerate(POS))))
     return finished(model, noise, seed, busy={(0, PREVIOUS), (1, INDUCTION)})
 
 
