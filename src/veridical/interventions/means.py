@@ -137,10 +137,11 @@ def over_store(
     return _means(sums, by_position)
 
 
-def warn_of_selection(acts: Activations) -> None:
-    """Warns when a store holds other tokens than all of them: a mean over these is the mean of no text."""
-    chosen = acts.request.tokens["selection"]
-    if chosen != "all":
+def warn_of_selection(over: Any) -> None:
+    """Warns when `over` is a store of other tokens than all: a mean over these is not the texts' mean."""
+    from veridical.activations import Activations
+
+    if isinstance(over, Activations) and (chosen := over.request.tokens["selection"]) != "all":
         warnings.warn(
             f"the store holds the tokens chosen by {chosen!r}, so its mean is over those only; collect with "
             "tokens='all' for the mean over all tokens",
