@@ -2,6 +2,9 @@
 
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
 texts of unequal length.
+
+`graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
+has what each part adds.
 """
 
 from __future__ import annotations
@@ -11,15 +14,19 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
+    from veridical.interventions.graph import Edge, Graph, Node
     from veridical.interventions.inputs import Inputs
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
 
 _HOME = {
+    "Edge": "graph",
+    "Graph": "graph",
     "Inputs": "inputs",
     "Metric": "metrics",
+    "Node": "graph",
     "ProbeMetric": "metrics",
     "as_metric": "metrics",
 }
-__all__ = ["Inputs", "Metric", "ProbeMetric", "as_metric"]
+__all__ = ["Edge", "Graph", "Inputs", "Metric", "Node", "ProbeMetric", "as_metric"]
 
 __getattr__, __dir__ = lazy(__name__, _HOME)
