@@ -11,14 +11,20 @@ ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
 
 
 @pytest.fixture(scope="module")
-def handles():
+def handles(tokenizer, tmp_path_factory):
     pytest.importorskip("transformer_lens")
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer
 
-    module = make("gpt2")
-    plain = vd.load(module, check=False)
-    bridge = vd.load(TransformerBridge.boot_transformers("gpt2", hf_model=make("gpt2")), check=False)
-    return plain, bridge
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    theirs = TransformerBridge.boot_transformers(
+        "tiny",
+        hf_model=make("gpt2", attn_implementation="eager"),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        device="cpu",
+    )
+    return vd.load(make("gpt2"), tokenizer=tokenizer, check=False), vd.load(theirs)
 
 
 @pytest.mark.parametrize(

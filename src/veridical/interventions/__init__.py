@@ -8,6 +8,10 @@ that `drawing` picks, or nothing (`replacing`); `spots` says at which tokens, `u
 
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
 has what each part adds.
+
+`lenses` reads the residual stream of every layer as next-token distributions (`lens_reading`) through the
+model's own norm and head (`readout`), `tuned` after a trained map, and `direct` splits a logit into what each
+part of the model adds to it.
 """
 
 from __future__ import annotations
@@ -18,36 +22,52 @@ from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.interventions.ablate import Ablation, ablate
+    from veridical.interventions.direct import DirectLogits, direct_logits
     from veridical.interventions.graph import Edge, Graph, Node
     from veridical.interventions.inputs import Inputs
+    from veridical.interventions.lens_reading import LensReading
+    from veridical.interventions.lenses import logit_lens
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
+    from veridical.interventions.tuned import TunedLens, tuned_lens
 
 _HOME = {
     "Ablation": "ablate",
+    "DirectLogits": "direct",
     "Edge": "graph",
     "Graph": "graph",
     "Inputs": "inputs",
+    "LensReading": "lens_reading",
     "Means": "means",
     "Metric": "metrics",
     "Node": "graph",
     "ProbeMetric": "metrics",
+    "TunedLens": "tuned",
     "ablate": "ablate",
     "as_metric": "metrics",
+    "direct_logits": "direct",
+    "logit_lens": "lenses",
     "mean_activations": "means",
+    "tuned_lens": "tuned",
 }
 __all__ = [
     "Ablation",
+    "DirectLogits",
     "Edge",
     "Graph",
     "Inputs",
+    "LensReading",
     "Means",
     "Metric",
     "Node",
     "ProbeMetric",
+    "TunedLens",
     "ablate",
     "as_metric",
+    "direct_logits",
+    "logit_lens",
     "mean_activations",
+    "tuned_lens",
 ]
 
 __getattr__, __dir__ = lazy(__name__, _HOME)
