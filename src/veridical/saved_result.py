@@ -33,11 +33,13 @@ RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
+    "Circuit": "interventions.circuit_result",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",
     "Judged": "probes.judged",
     "LearningCurve": "probes.learning",
     "ModelTransfer": "probes.model_transfer",
+    "PatchedPaths": "interventions.patched_paths",
     "TransferMatrix": "probes.transfer",
 }
 """Class of each result that is saved so, and its module of `veridical`."""
