@@ -4,8 +4,8 @@ import micro
 import numpy as np
 import pytest
 import torch
-
 from veridical.interventions.attribute import attribute
+
 from veridical.interventions.graph import Graph
 
 
