@@ -33,12 +33,15 @@ RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
+    "DirectLogits": "interventions.direct",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",
     "Judged": "probes.judged",
     "LearningCurve": "probes.learning",
+    "LensReading": "interventions.lens_reading",
     "ModelTransfer": "probes.model_transfer",
     "TransferMatrix": "probes.transfer",
+    "TunedLens": "interventions.tuned",
 }
 """Class of each result that is saved so, and its module of `veridical`."""
 VALUES = {"Edited": "probes.causal_result", "Estimate": "probes.evaluate"}
