@@ -222,7 +222,7 @@ def _attach(place: Place, tap: Tap, shapes: Mapping[nn.Module, torch.Size]) -> A
             raise ModelError(f"the output of {type(module).__name__} holds no tensor; read another module")
         key, tensor = found
         edited = _visit(place, tap, tensor, shapes)
-        return None if edited is None else _replaced(output, key, edited)
+        return None if edited is None else replaced(output, key, edited)
 
     return place.module.register_forward_hook(hook)
 
@@ -235,7 +235,7 @@ def _attach_input(place: Place, tap: Tap, shapes: Mapping[nn.Module, torch.Size]
             return None
         if isinstance(key, str):
             return args, {**kwargs, key: edited}
-        return _replaced(args, key, edited), kwargs
+        return replaced(args, key, edited), kwargs
 
     return place.module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -279,7 +279,8 @@ def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
-def _replaced(values: Any, key: Any, edited: Tensor) -> Any:
+def replaced(values: Any, key: Any, edited: Tensor) -> Any:
+    """`values` (a tuple, list or mapping) with `edited` at `key`."""
     if isinstance(values, Mapping):
         return type(values)({**values, key: edited})  # type: ignore[call-arg]
     items = [edited if index == key else value for index, value in enumerate(values)]

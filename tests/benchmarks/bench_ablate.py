@@ -157,7 +157,15 @@ def table(result: dict) -> str:
         "Command: `python tests/benchmarks/bench_ablate.py --write`"
     )
     return "\n".join(
-        ["# Ablation during a generation\n", head, "| --- | --- | --- | --- | --- | --- |", *lines, "", said, ""]
+        [
+            "# Ablation during a generation\n",
+            head,
+            "| --- | --- | --- | --- | --- | --- |",
+            *lines,
+            "",
+            said,
+            "",
+        ]
     )
 
 

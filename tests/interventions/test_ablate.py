@@ -6,14 +6,26 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny_models import CAUSAL, TINY
 
 import veridical as vd
+from tiny_models import CAUSAL, TINY
 from veridical.errors import InputError, UnknownNameError
 from veridical.interventions import ablate
 
 TEXTS = ["the capital of France is Paris", "gold?", "what is the symbol of silver? it is Ag"]
-SITES = ("z", "attn_out", "mlp_out", "resid_pre", "resid_mid", "resid_post", "q", "k", "v", "mlp_post", "pattern")
+SITES = (
+    "z",
+    "attn_out",
+    "mlp_out",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "q",
+    "k",
+    "v",
+    "mlp_post",
+    "pattern",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +93,7 @@ def test_heads_at_q_k_v_are_rows_of_their_projections(hooked):
         projection = getattr(changed.model.layers[1].self_attn, f"{kind}_proj")
         projection.weight[head * model.d_head : (head + 1) * model.d_head] = 0
         with ablate(model, f"{kind}.1", heads=head):
-            close(
-                rows_of(model.run(inputs).logits, inputs), rows_of(changed(**inputs).logits, inputs)
-            )
+            close(rows_of(model.run(inputs).logits, inputs), rows_of(changed(**inputs).logits, inputs))
 
 
 def test_heads_of_a_pattern_are_heads_of_z(hooked):
@@ -108,8 +118,9 @@ def test_heads_differ_by_site(hooked):
         expected = model.run(inputs).logits
     with ablate(model, ["z.0", "z.2"], heads={"z.0": 1, "z.2": [0, 3]}):
         assert torch.equal(model.run(inputs).logits, expected)
-    with pytest.raises(InputError, match=r"says nothing of z\.2"), ablate(
-        model, ["z.0", "z.2"], heads={"z.0": 1}
+    with (
+        pytest.raises(InputError, match=r"says nothing of z\.2"),
+        ablate(model, ["z.0", "z.2"], heads={"z.0": 1}),
     ):
         pass
 
@@ -168,8 +179,9 @@ def test_chosen_tokens(hooked, tokenizer):
     assert found.changed["blocks.1.hook_resid_pre"]
     with ablate(model, "resid_pre.1", tokens=wanted):
         close(rows_of(model.run(inputs).logits, inputs), got, 0)
-    with pytest.raises(InputError, match=r"'Paris is Rome' which is|'Paris is Rome', which is"), ablate(
-        model, "resid_pre.1", tokens="Paris is Rome"
+    with (
+        pytest.raises(InputError, match=r"'Paris is Rome' which is|'Paris is Rome', which is"),
+        ablate(model, "resid_pre.1", tokens="Paris is Rome"),
     ):
         pass
     with pytest.raises(InputError, match="token ids 0 to 299"), ablate(model, "z.0", tokens=300):
@@ -186,7 +198,9 @@ def slow_generation(model, text, count, edit_at):
     return ids[prompt:]
 
 
-@pytest.mark.parametrize("positions", [None, 2, 12, -1, [-2, 4], slice(-1, None), slice(None, -1), slice(3, 13)])
+@pytest.mark.parametrize(
+    "positions", [None, 2, 12, -1, [-2, 4], slice(-1, None), slice(None, -1), slice(3, 13)]
+)
 def test_generation_with_a_cache_and_left_padding(hooked, positions):
     """Positions count over the whole text: as a text that is read anew at every step has them."""
     model, count = hooked("llama"), 8
@@ -223,8 +237,9 @@ def test_generation_with_a_cache_and_left_padding(hooked, positions):
 
 def test_a_position_that_generation_never_reaches(hooked):
     model = hooked("llama")
-    with pytest.raises(InputError, match=r"position 60 is outside every text"), ablate(
-        model, "z.0", positions=60
+    with (
+        pytest.raises(InputError, match=r"position 60 is outside every text"),
+        ablate(model, "z.0", positions=60),
     ):
         model.generate(TEXTS[0], max_new_tokens=2)
 
@@ -285,8 +300,9 @@ def test_what_changes_nothing_is_warned_about(hooked):
         pass
     with pytest.warns(UserWarning, match="no pass came by"), ablate(model, "z.2"):
         model.run(inputs, read=["z.0"], stop=True)
-    with pytest.warns(UserWarning, match="no chosen position or token"), ablate(
-        model, "z.2", positions=slice(50, None)
+    with (
+        pytest.warns(UserWarning, match="no chosen position or token"),
+        ablate(model, "z.2", positions=slice(50, None)),
     ):
         model.run(inputs)
     with pytest.warns(UserWarning, match="already"), ablate(model, "z.0"), ablate(model, "z.0"):
@@ -309,7 +325,9 @@ def test_bad_input_is_one_clear_line(hooked):
     refused("nearest: zero", UnknownNameError, mode="zeros")
     refused("heads 0 to 3", heads=4)
     refused("heads 0 to 3", heads=-1)
-    refused(r"2 key/value heads, each shared by a group of query heads \(0: 0-1, 1: 2-3\)", sites="v.1", heads=3)
+    refused(
+        r"2 key/value heads, each shared by a group of query heads \(0: 0-1, 1: 2-3\)", sites="v.1", heads=3
+    )
     refused("not per head", sites="resid_post.1", heads=0)
     refused("neurons 0 to 47", sites="mlp_post.1", neurons=48)
     refused("is per head", neurons=1)

@@ -73,7 +73,13 @@ def test_mean_over_texts_and_over_a_store(model, sae, by_position):
     for over in (OTHER, acts):
         chosen = slice(0, 2)
         with ablate(
-            model, sae=sae, features=FEATURES, mode="mean", over=over, by_position=by_position, positions=chosen
+            model,
+            sae=sae,
+            features=FEATURES,
+            mode="mean",
+            over=over,
+            by_position=by_position,
+            positions=chosen,
         ):
             for found, before in zip(values(model), plain):
                 for at in (0, 1):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import make
 
 import veridical as vd
+from tiny_models import make
 from veridical.interventions import ablate
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]

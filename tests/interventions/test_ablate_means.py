@@ -5,9 +5,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from tiny_models import make
 
 import veridical as vd
+from tiny_models import make
 from veridical.errors import DataError, InputError, UnknownNameError
 from veridical.interventions import Means, ablate, mean_activations
 from veridical.probes.erasure import LeaceEraser, ProjectionEraser
@@ -30,7 +30,9 @@ def model(hooked):
 def single(model, site, texts=OTHER):
     """The site's values of each text run by itself, float64."""
     name = model.resolve(site)[0].name
-    return [model.run(model.batch([one]), read=[site]).values[name][0].double() for one in model.encode(texts)]
+    return [
+        model.run(model.batch([one]), read=[site]).values[name][0].double() for one in model.encode(texts)
+    ]
 
 
 def values(model, site, side="left", texts=TEXTS, inputs=None):
@@ -159,8 +161,9 @@ def test_means_refuse_what_does_not_fit(model):
 
 def test_a_store_of_last_tokens_is_warned_about(model):
     last = vd.collect(model, OTHER, sites=["z.1"], tokens="last")
-    with pytest.warns(UserWarning, match="mean is over those only"), ablate(
-        model, "z.1", mode="mean", over=last
+    with (
+        pytest.warns(UserWarning, match="mean is over those only"),
+        ablate(model, "z.1", mode="mean", over=last),
     ):
         model.logits(TEXTS)
     with warnings.catch_warnings():
@@ -192,9 +195,7 @@ def test_resampling_from_the_batch(model, side, by_position):
     plain = values(model, "resid_pre.1", inputs=inputs)
     # The first position is the same in all rows, and the longest row's end is in no other.
     common = slice(1, sorted(map(len, plain))[-2])
-    with ablate(
-        model, "resid_pre.1", mode="resample", by_position=by_position, positions=common, seed=3
-    ):
+    with ablate(model, "resid_pre.1", mode="resample", by_position=by_position, positions=common, seed=3):
         found = values(model, "resid_pre.1", inputs=inputs)
         again = values(model, "resid_pre.1", inputs=inputs)
     met = set()
@@ -206,9 +207,7 @@ def test_resampling_from_the_batch(model, side, by_position):
             met |= {r for r, _ in sources}
     assert met == {0, 1, 2, 3}
     assert all(torch.equal(a, b) for a, b in zip(found, again))
-    with ablate(
-        model, "resid_pre.1", mode="resample", by_position=by_position, positions=common, seed=4
-    ):
+    with ablate(model, "resid_pre.1", mode="resample", by_position=by_position, positions=common, seed=4):
         other = values(model, "resid_pre.1", inputs=inputs)
     assert any(not torch.equal(a, b) for a, b in zip(found, other))
 
@@ -310,8 +309,9 @@ def test_projection_per_head_and_over_all_heads(model):
     with ablate(model, "z.1", mode="project", directions=wide):
         for found in values(model, "z.1"):
             assert (found.flatten(1).double() @ torch.as_tensor(wide)).abs().max() < 1e-4
-    with pytest.raises(InputError, match="over all heads"), ablate(
-        model, "z.1", mode="project", directions=wide, heads=1
+    with (
+        pytest.raises(InputError, match="over all heads"),
+        ablate(model, "z.1", mode="project", directions=wide, heads=1),
     ):
         pass
 

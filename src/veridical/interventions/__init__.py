@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
-    from veridical.interventions.ablate import Ablation, ablate
+    from veridical.interventions.ablation import Ablation, ablate
     from veridical.interventions.direct import DirectLogits, direct_logits
     from veridical.interventions.graph import Edge, Graph, Node
     from veridical.interventions.inputs import Inputs
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from veridical.interventions.tuned import TunedLens, tuned_lens
 
 _HOME = {
-    "Ablation": "ablate",
+    "Ablation": "ablation",
     "DirectLogits": "direct",
     "Edge": "graph",
     "Graph": "graph",
@@ -43,7 +43,7 @@ _HOME = {
     "Node": "graph",
     "ProbeMetric": "metrics",
     "TunedLens": "tuned",
-    "ablate": "ablate",
+    "ablate": "ablation",
     "as_metric": "metrics",
     "direct_logits": "direct",
     "logit_lens": "lenses",

@@ -149,6 +149,12 @@ def warn_of_selection(over: Any) -> None:
         )
 
 
+def stored_type(model: HookedModel) -> str:
+    """The number format for activations of a model that are kept for a while: its own, or float32."""
+    name = str(model.dtype).removeprefix("torch.")
+    return name if name in ("float16", "bfloat16") else "float32"
+
+
 class _Sums:
     """Running float64 sums of vectors, at each position or over all."""
 
@@ -164,7 +170,9 @@ class _Sums:
             self.total, self.counts = part, counts
             return
         if most > len(self.total):
-            self.total = torch.cat([self.total, self.total.new_zeros(most - len(self.total), *part.shape[1:])])
+            self.total = torch.cat(
+                [self.total, self.total.new_zeros(most - len(self.total), *part.shape[1:])]
+            )
             self.counts = torch.cat([self.counts, self.counts.new_zeros(most - len(self.counts))])
         self.total[:most] += part
         self.counts[:most] += counts

@@ -132,9 +132,7 @@ def as_positions(given: Any) -> tuple[Position, ...] | None:
     """
     if given is None:
         return None
-    listed = (
-        [given] if isinstance(given, slice | int) or not isinstance(given, Iterable) else list(given)
-    )
+    listed = [given] if isinstance(given, slice | int) or not isinstance(given, Iterable) else list(given)
     found: list[Position] = []
     for one in listed:
         if isinstance(one, slice):

@@ -47,7 +47,6 @@ from veridical.interventions.replacing import (
 from veridical.interventions.spots import Spots, as_positions, as_tokens
 from veridical.interventions.units import Units, per_site, units_of
 from veridical.probes.passes import following
-from veridical.sites import Site
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel, SiteSpec
@@ -136,9 +135,9 @@ def ablate(
         averaging.warn_of_selection(over)
     with following(model) as passes:
         spots = Spots(passes, as_positions(positions), as_tokens(model, tokens))
-        reads, writes = _Making(
-            model, mode, over, by_position, seed, directions, spots, found
-        ).hooks(sites, heads, neurons, features, sae)
+        reads, writes = _Making(model, mode, over, by_position, seed, directions, spots, found).hooks(
+            sites, heads, neurons, features, sae
+        )
         with model.hooks(read=reads, write=writes):
             yield found
     if late := spots.unreached():
@@ -209,9 +208,7 @@ class _Making:
         resolved = self.model.resolve(sites)
         which = per_site(self.model, resolved, heads, "heads")
         neurons_at = per_site(self.model, resolved, neurons, "neurons")
-        units = {
-            site: units_of(self.model, site, which[site], neurons_at[site]) for site in resolved
-        }
+        units = {site: units_of(self.model, site, which[site], neurons_at[site]) for site in resolved}
         if self.mode != "zero":
             for site in resolved:
                 if site.kind == "pattern":
@@ -313,7 +310,9 @@ class _Making:
         if isinstance(self.over, Activations):
             self._check_store(self.over, names)
             return self.over
-        return collect(self.model, self.over, sites=names, tokens="all", dtype=_dtype(self.model))
+        return collect(
+            self.model, self.over, sites=names, tokens="all", dtype=averaging.stored_type(self.model)
+        )
 
     def _check_store(self, acts: Any, names: list[str]) -> None:
         for name in names:
@@ -334,7 +333,9 @@ class _Making:
             return None
         if isinstance(over, Activations):
             self._check_store(over, names)
-            found = averaging.over_store(over, names, by_position=self.by_position, transform=transform).values
+            found = averaging.over_store(
+                over, names, by_position=self.by_position, transform=transform
+            ).values
         elif isinstance(over, Means):
             if over.by_position != self.by_position:
                 raise InputError(
@@ -388,7 +389,9 @@ def _check(
     if isinstance(over, str) and not _is_batch(over):
         raise InputError(f"over is {over!r}; expected a store, texts, means, or 'batch'")
     if (features is None) != (sae is None):
-        raise InputError("features= and sae= go together: the features of which SAE, or which of its features?")
+        raise InputError(
+            "features= and sae= go together: the features of which SAE, or which of its features?"
+        )
     if sae is not None and (heads is not None or neurons is not None):
         raise InputError("heads= and neurons= do not go with an SAE's features")
     if (mode == "project") != (directions is not None):
@@ -426,11 +429,6 @@ def _warn(found: Ablation, spots: Spots, mode: str) -> None:
 
 def _is_batch(over: Any) -> bool:
     return isinstance(over, str) and over == BATCH
-
-
-def _dtype(model: HookedModel) -> str:
-    name = str(model.dtype).removeprefix("torch.")
-    return name if name in ("float16", "bfloat16") else "float32"
 
 
 def _loaded(model: Any) -> HookedModel:
