@@ -6,7 +6,7 @@ import micro
 import pytest
 import torch
 
-from veridical.interventions.ablate import ablate
+from veridical.interventions import ablate
 
 
 @pytest.fixture(params=micro.FAMILIES)

@@ -4,9 +4,8 @@ import micro
 import numpy as np
 import pytest
 import torch
-from veridical.interventions.attribute import attribute
 
-from veridical.interventions.graph import Graph
+from veridical.interventions import Graph, attribute
 
 
 def options(texts):

@@ -5,9 +5,8 @@ import warnings
 import micro
 import pytest
 import torch
-from veridical.interventions.paths import patch_paths
 
-from veridical.interventions.graph import Graph
+from veridical.interventions import Graph, find_circuit, patch_paths
 
 
 @pytest.fixture(params=micro.FAMILIES)
@@ -118,3 +117,46 @@ def test_linear_effects_are_those_by_hand():
     by_hand = [0.5 * x[:, -1], 2 * x.mean(1), -y.mean(1), 2 * x.mean(1), -y.mean(1)]
     for name, effect, expected in zip(edges, found.effects, by_hand):
         torch.testing.assert_close(torch.tensor(effect), expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+# Circuits
+
+
+@pytest.mark.parametrize("what", ["key", "query", "value"])
+def test_the_circuit_of_induction_is_found_whole_and_faithful(family, what):
+    model, texts = micro.handle(micro.induction(family)), micro.contrast(what)
+    found = find_circuit(model, texts.clean, texts.corrupt, method="exact", controls=3, **options(texts))
+    assert set(found.edges) == micro.edges(texts.truth, family)
+    assert found.faithfulness == pytest.approx(1, abs=1e-6)
+    assert found.without == pytest.approx(0, abs=1e-6)
+    assert found.random == pytest.approx([0] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["edges", "exact"])
+def test_the_circuit_of_the_chain_is_found(method):
+    model, texts = micro.handle(micro.chain()), micro.chain_texts()
+    found = find_circuit(model, texts.clean, texts.corrupt, method=method, controls=3, **options(texts))
+    assert set(found.edges) == set(micro.CHAIN)
+    assert (found.faithfulness, found.without) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("what", ["key", "query", "value"])
+def test_ranked_by_gradients_and_pruned_it_is_the_same_circuit(family, what):
+    texts = micro.contrast(what)
+    model = micro.handle(micro.induction(family, sharpness=micro.SOFT))
+    found = find_circuit(model, texts.clean, texts.corrupt, keep=20, prune=0.02, controls=1, **options(texts))
+    assert set(found.edges) == micro.edges(texts.truth, family)
+    assert found.faithfulness == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_a_circuit_that_lacks_an_edge_explains_nothing(missing):
+    model, texts = micro.handle(micro.chain()), micro.chain_texts()
+    edges = [edge for place, edge in enumerate(micro.CHAIN) if place != missing]
+    found = patch_paths(
+        model, texts.clean, texts.corrupt, edges=edges, together=True, direction="noising", **options(texts)
+    )
+    rest = patch_paths(
+        model, texts.clean, texts.corrupt, edges=micro.CHAIN[missing], direction="noising", **options(texts)
+    )
+    assert found.effects.tolist() == rest.effects.tolist() == [[-texts.truth.effect] * 3]
