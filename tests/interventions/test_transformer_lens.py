@@ -163,18 +163,36 @@ def test_get_act_patch_block_every(both):
 def test_accumulated_resid_is_the_logit_lens(both):
     theirs, m = both
     _, cache = theirs.run_with_cache(IDS)
-    stack, labels = cache.accumulated_resid(apply_ln=True, return_labels=True)
-    expected = theirs.unembed(stack).softmax(-1)
+    stack, labels = cache.accumulated_resid(return_labels=True)
+    expected = torch.stack([theirs.unembed(theirs.ln_final(part)).softmax(-1)[..., RIGHT] for part in stack])
     found = logit_lens(m, IDS, sites="resid_pre.*, resid_post.2", answers=RIGHT, progress=False)
     assert len(found.sites) == len(labels)
-    p = torch.full(expected.shape[:-1], torch.nan)
+    p = torch.full(expected.shape, torch.nan)
     p[:, torch.tensor(found.rows), torch.tensor(found.positions)] = torch.tensor(found.probability).float()
-    # They divide every layer by the last one's norm scale; the lens takes each layer's own.
-    same(p[-1], expected[-1, ..., RIGHT])
+    same(p, expected)
 
 
-def test_logit_attrs_are_the_direct_contributions(both):
-    theirs, m = both
+@pytest.fixture(scope="module", params=["gpt2 hooked", "llama hooked", "gpt2 bridge", "llama bridge"])
+def folded(request, tokenizer, tmp_path_factory):
+    """The same with the final norm's weight folded into the unembedding, which `logit_attrs` counts on.
+
+    Value biases are left with their heads; by default TransformerLens folds these too, into `b_O`.
+    """
+    name, kind = request.param.split()
+    build = hooked_transformer if kind == "hooked" else bridge
+    m = vd.load(build(name, tokenizer, tmp_path_factory.mktemp("plain")))
+    theirs = build(name, tokenizer, tmp_path_factory.mktemp("folded"))
+    kept = {"center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
+    if kind == "hooked":
+        theirs.load_and_process_state_dict(theirs.state_dict(), fold_ln=True, **kept)
+    else:
+        theirs.enable_compatibility_mode(disable_warnings=True, fold_ln=True, **kept)
+    with torch.no_grad():
+        yield theirs, m
+
+
+def test_logit_attrs_are_the_direct_contributions(folded):
+    theirs, m = folded
     _, cache = theirs.run_with_cache(IDS)
     stack, labels = cache.get_full_resid_decomposition(
         expand_neurons=False, apply_ln=False, pos_slice=-1, return_labels=True
