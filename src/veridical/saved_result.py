@@ -38,6 +38,7 @@ KINDS = {
     "Judged": "probes.judged",
     "LearningCurve": "probes.learning",
     "ModelTransfer": "probes.model_transfer",
+    "Patched": "interventions.patched",
     "TransferMatrix": "probes.transfer",
 }
 """Class of each result that is saved so, and its module of `veridical`."""

@@ -1,7 +1,10 @@
 """Interventions: what a model's activations do to its outputs, found by changing them.
 
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
-texts of unequal length.
+texts of unequal length. `patch` sweeps activation patches over sites, layers, positions and heads (`places`):
+`sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
+(`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
+`heat_maps` draws it.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ from veridical.lazy import lazy
 if TYPE_CHECKING:
     from veridical.interventions.inputs import Inputs
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
+    from veridical.interventions.patch import patch
+    from veridical.interventions.patched import Patched
 
 _HOME = {
     "Inputs": "inputs",
     "Metric": "metrics",
+    "Patched": "patched",
     "ProbeMetric": "metrics",
     "as_metric": "metrics",
+    "patch": "patch",
 }
-__all__ = ["Inputs", "Metric", "ProbeMetric", "as_metric"]
+__all__ = ["Inputs", "Metric", "Patched", "ProbeMetric", "as_metric", "patch"]
 
 __getattr__, __dir__ = lazy(__name__, _HOME)
