@@ -12,6 +12,12 @@ has what each part adds.
 `lenses` reads the residual stream of every layer as next-token distributions (`lens_reading`) through the
 model's own norm and head (`readout`), `tuned` after a trained map, and `direct` splits a logit into what each
 part of the model adds to it.
+
+`metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
+texts of unequal length. `patch` sweeps activation patches over sites, layers, positions and heads (`places`):
+`sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
+(`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
+`heat_maps` draws it.
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
     from veridical.interventions.lenses import logit_lens
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
+    from veridical.interventions.patch import patch
+    from veridical.interventions.patched import Patched
     from veridical.interventions.tuned import TunedLens, tuned_lens
 
 _HOME = {
@@ -41,6 +49,7 @@ _HOME = {
     "Means": "means",
     "Metric": "metrics",
     "Node": "graph",
+    "Patched": "patched",
     "ProbeMetric": "metrics",
     "TunedLens": "tuned",
     "ablate": "ablation",
@@ -48,6 +57,7 @@ _HOME = {
     "direct_logits": "direct",
     "logit_lens": "lenses",
     "mean_activations": "means",
+    "patch": "patch",
     "tuned_lens": "tuned",
 }
 __all__ = [
@@ -60,6 +70,7 @@ __all__ = [
     "Means",
     "Metric",
     "Node",
+    "Patched",
     "ProbeMetric",
     "TunedLens",
     "ablate",
@@ -67,6 +78,7 @@ __all__ = [
     "direct_logits",
     "logit_lens",
     "mean_activations",
+    "patch",
     "tuned_lens",
 ]
 
