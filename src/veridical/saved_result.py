@@ -41,7 +41,7 @@ KINDS = {
     "LensReading": "interventions.lens_reading",
     "ModelTransfer": "probes.model_transfer",
     "TransferMatrix": "probes.transfer",
-    "TunedLens": "interventions.tuned",
+    "TunedLens": "interventions.tuned_result",
 }
 """Class of each result that is saved so, and its module of `veridical`."""
 VALUES = {"Edited": "probes.causal_result", "Estimate": "probes.evaluate"}

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from veridical.interventions.lenses import logit_lens
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
-    from veridical.interventions.tuned import TunedLens, tuned_lens
+    from veridical.interventions.tuned import tuned_lens
+    from veridical.interventions.tuned_result import TunedLens
 
 _HOME = {
     "Ablation": "ablation",
@@ -42,7 +43,7 @@ _HOME = {
     "Metric": "metrics",
     "Node": "graph",
     "ProbeMetric": "metrics",
-    "TunedLens": "tuned",
+    "TunedLens": "tuned_result",
     "ablate": "ablation",
     "as_metric": "metrics",
     "direct_logits": "direct",
