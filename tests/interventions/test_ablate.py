@@ -359,7 +359,7 @@ def test_every_family_in_float64_and_on_both_sides(hooked, family):
         value[:, [0, -1], 1] = 0
         return value
 
-    # In float64 the mask of transformers' eager gemma2 overflows where there is padding, without any edit too.
+    # In float64 the mask of transformers' eager gemma2 overflows where there is padding, also unedited.
     texts = TEXTS[:1] if family == "gemma2" else TEXTS
     expected = alone(double, {"z.1": edit}, texts)
     for side in ("left", "right"):

@@ -126,6 +126,30 @@ def test_mean_in_generation_is_a_fixed_edit(model):
         assert model.generate(TEXTS, max_new_tokens=6) == expected
 
 
+def test_mean_by_position_in_generation(model):
+    """Left-padded rows with a cache, against each text read anew at every step with its own rows set."""
+    texts = ["what is it, what is it? " * 2]
+    table = mean_activations(model, texts, "mlp_out.1", by_position=True)["mlp_out.1"].float()
+
+    def edit(value):
+        return table[: value.shape[1]].expand_as(value).clone()
+
+    inputs = model.batch(model.encode(TEXTS), padding_side="left")
+    width, count = inputs["input_ids"].shape[1], 5
+    assert len(table) > width + count
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with ablate(model, "mlp_out.1", mode="mean", over={"mlp_out.1": table}, by_position=True):
+        made = model.model.generate(
+            **ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    for row, one in enumerate(model.encode(TEXTS)):
+        slow = list(one.ids)
+        for _ in range(count):
+            logits = model.run(model.batch([slow]), write={"mlp_out.1": edit}).logits
+            slow.append(int(logits[0, -1].argmax()))
+        assert made[row, width:].tolist() == slow[len(one.ids) :]
+
+
 def test_the_moments_of_a_store_serve(model, tmp_path, monkeypatch):
     """A mean over a large store reads no vector of it."""
     acts = vd.collect(model, OTHER, sites=["z.1"], tokens="all", store=tmp_path / "store")

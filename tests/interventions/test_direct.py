@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import CAUSAL
 
 import veridical as vd
+from tiny_models import CAUSAL
 from veridical.errors import InputError, ModelError
 from veridical.interventions import DirectLogits, direct_logits
 
@@ -51,22 +51,28 @@ def test_each_part_against_a_loop(hooked, family):
     model = double(hooked(family), family)
     found = direct_logits(model, TEXTS, answers=[3, 4, 5])
     modules = dict(model.model.named_modules())
-    norm = modules[{"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "llama": "model.norm"}[family]]
+    norm = modules[
+        {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm", "llama": "model.norm"}[family]
+    ]
     head = model.model.get_output_embeddings().weight.detach()
     for text, answer, row in zip(TEXTS, (3, 4, 5), range(3)):
         with torch.no_grad():
-            run = model.run(model.batch(model.encode([text])), read="z.*, mlp_out.*, resid_pre.0, resid_post.2, embed")
+            run = model.run(
+                model.batch(model.encode([text])), read="z.*, mlp_out.*, resid_pre.0, resid_post.2, embed"
+            )
         x = run["resid_post.2"][0, -1]
         eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
         centre = (lambda v: v - v.mean()) if family != "llama" else (lambda v: v)
         scale = (centre(x).square().mean() + eps).sqrt()
 
         def direct(vector, centre=centre, scale=scale, answer=answer):
-            return float(head[answer] @ (norm.weight.detach() * centre(vector) / scale))
+            return float(head[answer] @ (norm.weight.detach() * centre(vector.detach()) / scale))
 
         expected = {"embed": direct(run["embed"][0, -1])}
         for layer, block in enumerate(model.architecture.blocks):
-            projection = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "llama": "self_attn.o_proj"}[family]
+            projection = {"gpt2": "attn.c_proj", "gpt_neox": "attention.dense", "llama": "self_attn.o_proj"}[
+                family
+            ]
             weight = block.get_submodule(projection).weight.detach()
             weight = weight if family == "gpt2" else weight.T
             for number in range(model.n_heads):
@@ -78,7 +84,7 @@ def test_each_part_against_a_loop(hooked, family):
                 expected[f"attn_bias.{layer}"] = direct(bias)
         if family == "gpt2":
             expected["positions"] = direct((run["resid_pre.0"] - run["embed"])[0, -1])
-        expected["constant"] = float(head[answer] @ norm.bias) if family != "llama" else 0.0
+        expected["constant"] = float(head[answer] @ norm.bias.detach()) if family != "llama" else 0.0
         assert set(expected) == set(found.table["component"])
         got = dict(zip(found.table["component"], found.values[:, row]))
         for name, value in expected.items():
@@ -115,9 +121,9 @@ def test_a_planted_head_is_found(hooked):
 
 def test_what_does_not_add_up_is_refused(hooked):
     for family in ("bert", "opt_post_norm"):
-        with pytest.raises(ModelError, match="not the sum of its parts|sum"):
+        with pytest.raises(ModelError, match="not the sum of its parts"):
             direct_logits(hooked(family), TEXTS, answers=7)
-    with pytest.raises(InputError, match="wrong= needs answers"):
+    with pytest.raises(InputError, match=r"wrong= needs answers"):
         direct_logits(hooked("llama"), TEXTS, wrong=3)
     with pytest.raises(InputError, match="2 answers for 3 rows"):
         direct_logits(hooked("llama"), TEXTS, answers=[3, 4])

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import CAUSAL, make
 
 import veridical as vd
+from tiny_models import CAUSAL, make
 from veridical.errors import InputError, UnknownNameError
 from veridical.interventions import LensReading, logit_lens
 from veridical.interventions.readout import Readout
@@ -32,11 +32,15 @@ def test_the_last_layer_is_the_model_itself(hooked, family):
     assert (reading.kl[0] > 1e-3).any()
 
 
-@pytest.mark.parametrize(("family", "parts"), [("gpt2", ("transformer.ln_f", "lm_head")), ("llama", ("model.norm", "lm_head"))])
+@pytest.mark.parametrize(
+    ("family", "parts"), [("gpt2", ("transformer.ln_f", "lm_head")), ("llama", ("model.norm", "lm_head"))]
+)
 def test_every_figure_against_a_loop(hooked, family, parts):
     """One text at a time, norm and head by hand, float64, token by token."""
     model = hooked(family)
-    reading = logit_lens(model, TEXTS, sites=["resid_pre.1", "resid_mid.1", "resid_post.1"], top=3, batch_tokens=20)
+    reading = logit_lens(
+        model, TEXTS, sites=["resid_pre.1", "resid_mid.1", "resid_post.1"], top=3, batch_tokens=20
+    )
     assert reading.sites == ("resid_pre.1", "resid_mid.1", "resid_post.1")
     norm, head = (model.model.get_submodule(part) for part in parts)
     column = 0
@@ -59,10 +63,14 @@ def test_every_figure_against_a_loop(hooked, family, parts):
                     "entropy": float(-(lens.exp() * lens).sum()),
                 }
                 for name, value in expected.items():
-                    assert getattr(reading, name)[at, column] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+                    assert getattr(reading, name)[at, column] == pytest.approx(value, rel=1e-3, abs=1e-4), (
+                        name
+                    )
                 order = lens.argsort(descending=True)[:3]
                 assert reading.top_ids[at, column].tolist() == order.tolist()
-                np.testing.assert_allclose(reading.top_probabilities[at, column], lens[order].exp(), rtol=1e-3)
+                np.testing.assert_allclose(
+                    reading.top_probabilities[at, column], lens[order].exp(), rtol=1e-3
+                )
             column += 1
     assert column == len(reading.rows)
 

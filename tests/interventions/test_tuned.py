@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tiny_models import make
 
 import veridical as vd
+from tiny_models import make
 from veridical.errors import DamagedFileError, DataError, InputError, UnknownNameError
 from veridical.interventions import TunedLens, logit_lens, tuned_lens
 from veridical.probes.fits import MismatchError

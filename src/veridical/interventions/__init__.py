@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
     from veridical.interventions.patch import patch
     from veridical.interventions.patched import Patched
-    from veridical.interventions.tuned import TunedLens, tuned_lens
+    from veridical.interventions.tuned import tuned_lens
+    from veridical.interventions.tuned_result import TunedLens
 
 _HOME = {
     "Ablation": "ablation",
@@ -51,7 +52,7 @@ _HOME = {
     "Node": "graph",
     "Patched": "patched",
     "ProbeMetric": "metrics",
-    "TunedLens": "tuned",
+    "TunedLens": "tuned_result",
     "ablate": "ablation",
     "as_metric": "metrics",
     "direct_logits": "direct",

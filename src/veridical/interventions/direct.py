@@ -78,8 +78,8 @@ class DirectLogits(Saved):
     def findings(self) -> list[str]:
         """What the table says, in sentences."""
         frame = self.to_frame()
-        order = frame["mean"].abs().sort_values(ascending=False, kind="stable").index[:5]
-        named = ", ".join(f"{frame.loc[at, 'component']} {frame.loc[at, 'mean']:+.3f}" for at in order)
+        means, parts = self.values.mean(1), frame["component"].tolist()
+        named = ", ".join(f"{parts[at]} {means[at]:+.3f}" for at in np.argsort(-np.abs(means))[:5])
         said = [
             f"{self.facts['of'].capitalize()} is {self.totals.mean():+.3f} on average over "
             f"{len(self.totals)} texts, at the last token. The largest parts: {named}."
@@ -148,8 +148,8 @@ def direct_logits(
 
     Args:
         model: A `HookedModel`, or anything that `veridical.load` takes; it runs in its present mode.
-        texts: A text or chat, a list of these, token ids `[batch, pos]`, or `Pairs`, whose completions are the
-            answers when none are given.
+        texts: A text or chat, a list of these, token ids `[batch, pos]`, or `Pairs`, whose completions are
+            the answers when none are given.
         answers: A text or token id for all texts, or one for each (several ids as a list: their mean). When
             not given, each text's own likeliest next token.
         wrong: The same for the wrong answer; without it the answer's logit itself is split.
@@ -309,8 +309,8 @@ def _unembedding(model: HookedModel) -> tuple[Tensor, Tensor]:
     matrix = unembedding(model).detach()
     if len(matrix) != model.d_model:
         raise InputError(
-            f"{model.path} projects the residual stream from {model.d_model} to {len(matrix)} dimensions before "
-            "unembedding; there is no direct path to follow"
+            f"{model.path} projects the residual stream from {model.d_model} to {len(matrix)} dimensions "
+            "before unembedding; there is no direct path to follow"
         )
     if lens.is_lens(model.model):
         bias = getattr(model.model, "b_U", None)

@@ -66,7 +66,8 @@ class FromBatch(Draw):
         # A row has one token at each position, so that only the token itself is left out.
         order, numbers = np.argsort(place, kind="stable"), np.arange(len(place))
         picks = np.empty(len(place), dtype=np.int64)
-        picks[order] = order[_another(self._random, *_runs(place[order]), np.stack([numbers, numbers + 1]))]
+        low, high = _runs(place[order])
+        picks[order] = order[_another(self._random, low, high, np.stack([numbers, numbers + 1]))]
         lone = picks == numbers
         if spot.chosen is not None:
             lone &= spot.chosen.cpu().numpy()[index >= 0]

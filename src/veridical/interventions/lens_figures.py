@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from veridical.interventions.direct import DirectLogits
     from veridical.interventions.lens_reading import LensReading
-    from veridical.interventions.tuned import TunedLens
+    from veridical.interventions.tuned_result import TunedLens
 
 VALUES = {"probability": "probability", "rank": "tokens above", "kl": "nats", "entropy": "nats"}
 CELL = 9
@@ -67,7 +67,7 @@ def lens_map(reading: LensReading, row: int, value: str) -> go.Figure:
     followed = {"probability": "of the target, by", "rank": "of the target, by"}.get(value, "by")
     return figures.style(
         figure,
-        f"{reading.lens.capitalize()}: {value} {followed} site and token; in each cell the likeliest next token",
+        f"{reading.lens.capitalize()}: {value} {followed} site and token; written in: likeliest next token",
         "token",
         "site",
         height=max(320, 140 + 26 * len(reading.sites)),
@@ -92,8 +92,8 @@ def contributions(result: DirectLogits) -> go.Figure:
     from veridical.reporting import figures
 
     table = result.to_frame()
-    order = table["mean"].abs().sort_values(ascending=False, kind="stable").index[:BARS]
-    shown = table.loc[sorted(order)]
+    order = np.argsort(-np.abs(result.values.mean(1)), kind="stable")[:BARS]
+    shown = table.iloc[np.sort(order)]
     figure = figures.figure()
     spread = None
     if shown["low"].notna().all():

@@ -49,8 +49,8 @@ def logit_lens(
         model: A `HookedModel`, or anything that `veridical.load` takes; it runs in its present mode.
         texts: A text or chat, a list of these, or token ids `[batch, pos]`.
         sites: Where to read: `embed`, `resid_pre`, `resid_mid` or `resid_post`, in any spelling.
-        answers: The next token whose probability and rank are followed: a text or id for all texts, or one for
-            each. When not given, at each token the one that the model itself finds likeliest.
+        answers: The next token whose probability and rank are followed: a text or id for all texts, or one
+            for each. When not given, at each token the one that the model itself finds likeliest.
         top: Likeliest tokens to keep.
         batch_tokens: Most tokens in one batch, padding included.
         progress: Show a bar; on a terminal or in a notebook when not given.

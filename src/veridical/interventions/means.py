@@ -201,8 +201,8 @@ def _means(sums: Mapping[str, _Sums], by_position: bool) -> Means:
         if not bool((counts > 0).all()):
             missing = int((counts == 0).nonzero()[0])
             raise InputError(
-                f"no token was read at position {missing}, so there is no mean for it; means by position need "
-                "every token (tokens='all')"
+                f"no token was read at position {missing}, so there is no mean for it; means by position "
+                "need every token (tokens='all')"
             )
         mean = found.total.cpu() / counts.reshape(-1, *[1] * (found.total.dim() - 1))
         if not bool(torch.isfinite(mean).all()):

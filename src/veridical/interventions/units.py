@@ -97,8 +97,8 @@ def head_count(model: HookedModel, site: Site) -> int:
         return model.n_heads
     if site.kind not in HEAD_KINDS:
         raise InputError(
-            f"{site.short} is not per head; heads are at {', '.join(f'{k}.{site.layer or 0}' for k in HEAD_KINDS)} "
-            f"and pattern.{site.layer or 0} (z is what each head writes)"
+            f"{site.short} is not per head; heads are at sites of kind {', '.join(HEAD_KINDS)} and pattern "
+            "(z is what each head writes)"
         )
     return int(model.width(site)[0])
 
@@ -113,8 +113,8 @@ def _heads(model: HookedModel, site: Site, given: Any) -> tuple[int, ...]:
             size = model.n_heads // count
             groups = ", ".join(f"{k}: {k * size}-{k * size + size - 1}" for k in range(count))
             raise InputError(
-                f"head {number} at {site.short}: there are {count} key/value heads, each shared by a group of "
-                f"query heads ({groups})"
+                f"head {number} at {site.short}: there are {count} key/value heads, each shared by a group "
+                f"of query heads ({groups})"
             )
         raise InputError(f"head {number} at {site.short}: {model.path} has heads 0 to {count - 1} there")
     return numbers
