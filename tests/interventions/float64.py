@@ -1,4 +1,4 @@
-"""Models that compute in float64 throughout: those of transformers turn to float32 inside norms and softmax."""
+"""Models that compute in float64 throughout: transformers turns to float32 inside norms and softmax."""
 
 import torch
 from torch.overrides import TorchFunctionMode

@@ -27,7 +27,7 @@ def difference(logits):
     return (last[:, 1] - last[:, 2]).tanh() + last[:, 0] ** 2
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def in_float64():
     with Float64():
         yield
@@ -83,6 +83,7 @@ class ExactPatch:
         return difference(self.model.run(self.base, write=write).logits)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scores_are_the_derivatives_of_exact_edge_patches(name):
     model = exact(name)
@@ -100,6 +101,7 @@ def test_scores_are_the_derivatives_of_exact_edge_patches(name):
             np.testing.assert_allclose(found[edge.name], slope, rtol=2e-5, atol=1e-7, err_msg=edge.name)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_edges_out_of_a_sender_add_up_to_its_own_score(name):
     """By the chain rule: all that a sender does, it does through its edges."""
@@ -117,6 +119,7 @@ def test_edges_out_of_a_sender_add_up_to_its_own_score(name):
     np.testing.assert_array_equal(np.isfinite(found.edge_scores[0]), graph.mask)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
 def test_small_chunks_give_the_same(name, monkeypatch):
     model = exact(name)
@@ -129,6 +132,7 @@ def test_small_chunks_give_the_same(name, monkeypatch):
     np.testing.assert_allclose(three, whole, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_positions_apart_add_up_and_padding_is_absent():
     model = exact("llama")
     whole = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges")
@@ -139,6 +143,7 @@ def test_positions_apart_add_up_and_padding_is_absent():
     assert len(apart.to_frame()) == 6 * len(Graph.of(model))
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_examples_do_not_depend_on_their_batch():
     model = exact("qwen2")
     metric = {"metric": "logit_diff", "answers": [7, 9], "wrong": [8, 11], "method": "edges"}
@@ -149,6 +154,7 @@ def test_examples_do_not_depend_on_their_batch():
     np.testing.assert_allclose(together.edge_scores[1], alone.edge_scores[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_noising_is_the_reverse():
     model = exact("gpt2")
     one = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges", direction="noising")
@@ -159,7 +165,8 @@ def test_noising_is_the_reverse():
 def test_half_precision_is_scored_in_float32():
     model = vd.load(make("llama").to(torch.bfloat16))
     found = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges")
-    expected = attribute(exact("llama"), CLEAN, CORRUPT, metric=difference, method="edges")
+    with Float64():
+        expected = attribute(exact("llama"), CLEAN, CORRUPT, metric=difference, method="edges")
     assert found.edge_scores.dtype == np.float32
     a, b = np.nan_to_num(found.edge_scores).ravel(), np.nan_to_num(expected.edge_scores).ravel()
     assert np.corrcoef(a, b)[0, 1] > 0.98
@@ -174,6 +181,7 @@ def test_transformer_lens_models(hooked, tokenizer, tmp_path, name, build):
     np.testing.assert_allclose(found.edge_scores, expected.edge_scores, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_some_edges():
     model = exact("llama")
     whole = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges")
@@ -187,6 +195,7 @@ def test_some_edges():
     assert set(table["receiver"]) == {"logits", "mlp.1:in"}
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_result_keeps_itself(tmp_path):
     model = exact("gpt2")
     found = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges")
@@ -220,17 +229,20 @@ def test_what_is_refused(hooked, options, said):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_model_whose_parts_do_not_add_up_is_refused():
     with pytest.raises(ModelError, match="not the sum of its parts"):
         attribute(exact("bert"), CLEAN, CORRUPT, metric=difference, method="edges")
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_names_that_were_not_scored():
     found = attribute(exact("gpt2"), CLEAN, CORRUPT, metric=difference, method="edges")
     with pytest.raises(UnknownNameError, match="unknown receiver"):
         found["mlp.0->mlp.9:in"]
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_nan_is_an_error():
     model = exact("gpt2")
     with torch.no_grad():
@@ -247,6 +259,7 @@ def test_memory_is_under_a_tenth_of_storing_both_sides(tokens):
     assert here >= 65 * tokens * 4096
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_what_is_held_is_what_the_formula_says(monkeypatch):
     """The largest set of tensors held by differences and by one step of the walk."""
     model = exact("llama")

@@ -93,31 +93,34 @@ def attribute(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     _check_options(method, corrupt, sites, edges, by_position, neurons)
-    runs = Runs.of(
-        model,
-        clean,
-        corrupt,
-        metric,
-        answers=answers,
-        wrong=wrong,
-        keep=keep,
-        align=align,
-        direction=direction,
-        batch_tokens=batch_tokens,
-    )
-    if method == "edges":
-        from veridical.interventions.edges import score_edges
+    # What is made in inference mode could not be part of a graph.
+    with torch.inference_mode(False), torch.no_grad():
+        runs = Runs.of(
+            model,
+            clean,
+            corrupt,
+            metric,
+            answers=answers,
+            wrong=wrong,
+            keep=keep,
+            align=align,
+            direction=direction,
+            batch_tokens=batch_tokens,
+        )
+        _check_kl(runs, method)
+        if method == "edges":
+            from veridical.interventions.edges import score_edges
 
-        return score_edges(model, runs, edges, by_position=by_position, progress=progress)
-    resolved = model.resolve(sites if sites is not None else DEFAULT_SITES[method])
-    _check_sites(runs, resolved)
-    if method == "ig":
-        from veridical.interventions.integrated import score_paths
+            return score_edges(model, runs, edges, by_position=by_position, progress=progress)
+        resolved = model.resolve(sites if sites is not None else DEFAULT_SITES[method])
+        _check_sites(runs, resolved)
+        if method == "ig":
+            from veridical.interventions.integrated import score_paths
 
-        found = score_paths(model, runs, resolved, steps, baseline, neurons, progress)
-    else:
-        found = _score_nodes(model, runs, resolved, neurons, progress)
-    return found.result(model, runs, method, resolved)
+            found = score_paths(model, runs, resolved, steps, baseline, neurons, progress)
+        else:
+            found = _score_nodes(model, runs, resolved, neurons, progress)
+        return found.result(model, runs, method, resolved)
 
 
 def _score_nodes(
@@ -173,6 +176,15 @@ def _check_shape(batch: Batch, site: Site, value: Tensor) -> None:
 def _check_sites(runs: Runs, sites: Sequence[Site]) -> None:
     if any(site.kind == "pattern" for site in sites) and any(batch.aligned for batch in runs.batches()):
         raise InputError("attention patterns of texts of unequal length have no common keys; leave them out")
+
+
+def _check_kl(runs: Runs, method: str) -> None:
+    at_clean = runs.alone or runs.direction == "noising"
+    if runs.metric.name == "kl" and at_clean and method != "ig":
+        raise InputError(
+            "the KL from the clean run is at its least in the clean run, where its gradient is zero; take "
+            "the gradient at corrupt (direction='denoising'), or method='ig'"
+        )
 
 
 def _check_options(

@@ -129,9 +129,9 @@ class Runs:
             valid = (matched >= 0) & pair.mask[part]
             yield Batch(
                 rows=torch.arange(total)[part],
-                base={name: value[part] for name, value in pair.clean.items()},
-                source={name: value[part] for name, value in pair.corrupt.items()},
-                clean={name: value[part] for name, value in self.inputs.clean.items()},
+                base=_rows(pair.clean, part),
+                source=_rows(pair.corrupt, part),
+                clean=_rows(self.inputs.clean, part),
                 valid=valid,
                 matched=matched.clamp(min=0),
                 aligned=bool((valid & (matched != places)).any()),
@@ -160,6 +160,13 @@ class Runs:
                 line.append(text if theirs == text else " | ".join(both))
             said.append(line)
         return said
+
+
+def _rows(inputs: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    # A tensor from inference mode cannot be part of a graph; its copy can.
+    return {
+        name: value[part].clone() if value.is_inference() else value[part] for name, value in inputs.items()
+    }
 
 
 def rows_of(inputs: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
