@@ -18,6 +18,10 @@ texts of unequal length. `patch` sweeps activation patches over sites, layers, p
 `sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
 (`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
 `heat_maps` draws it.
+
+`graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
+has what each part adds. `attribute` scores parts by `gradients` between two `runs`: linearly, along a path
+(`integrated`), or edge by edge (`edges`); `attribution` is what it found.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.interventions.ablation import Ablation, ablate
+    from veridical.interventions.attributing import attribute
+    from veridical.interventions.attribution import Attribution
     from veridical.interventions.direct import DirectLogits, direct_logits
     from veridical.interventions.graph import Edge, Graph, Node
     from veridical.interventions.inputs import Inputs
@@ -42,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Ablation": "ablation",
+    "Attribution": "attribution",
     "DirectLogits": "direct",
     "Edge": "graph",
     "Graph": "graph",
@@ -55,6 +62,7 @@ _HOME = {
     "TunedLens": "tuned_result",
     "ablate": "ablation",
     "as_metric": "metrics",
+    "attribute": "attributing",
     "direct_logits": "direct",
     "logit_lens": "lenses",
     "mean_activations": "means",
@@ -63,6 +71,7 @@ _HOME = {
 }
 __all__ = [
     "Ablation",
+    "Attribution",
     "DirectLogits",
     "Edge",
     "Graph",
@@ -76,6 +85,7 @@ __all__ = [
     "TunedLens",
     "ablate",
     "as_metric",
+    "attribute",
     "direct_logits",
     "logit_lens",
     "mean_activations",
