@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from veridical.errors import InputError
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
-from veridical.interventions.metrics import Metric, as_metric
+from veridical.interventions.metrics import as_metric
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
@@ -66,7 +66,9 @@ class Between:
         self._base = base
         self.at = (base.matched >= 0) & base.mask & chosen_positions(base.mask, positions)
         if not bool(self.at.any()):
-            raise InputError("no position of the clean rows goes with one of the corrupt rows; nothing to patch")
+            raise InputError(
+                "no position of the clean rows goes with one of the corrupt rows; nothing to patch"
+            )
         if model.model.training and any(
             isinstance(part, nn.Dropout) and part.p > 0 for part in model.model.modules()
         ):
@@ -80,7 +82,7 @@ class Between:
         return len(self.inputs)
 
     def run(self, work: Callable[[Rewiring], Tensor], rows: Sequence[int] | None = None) -> np.ndarray:
-        """What `work` gives for every batch of rows, `[..., rows]` float64, joined along the last dimension."""
+        """What `work` gives for each batch of rows, `[..., rows]` float64, all batches joined."""
         with torch.no_grad():
             parts = [work(rewiring).double().cpu().numpy() for rewiring in self.rewirings(rows)]
         return np.concatenate(parts, axis=-1)
@@ -147,7 +149,9 @@ class Between:
         )
 
     def _clean_logits(self) -> Tensor:
-        extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.model.forward_parameters else {}
+        extra: dict[str, Any] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in self.model.forward_parameters else {}
+        )
         parts = []
         with torch.no_grad():
             for batch in self.batches():
@@ -167,7 +171,9 @@ def chosen_positions(mask: Tensor, positions: int | Sequence[int] | None) -> Ten
         return torch.ones_like(mask)
     listed = [positions] if isinstance(positions, int) else list(positions)
     if not listed or not all(isinstance(number, int) and not isinstance(number, bool) for number in listed):
-        raise InputError(f"positions is {positions!r}; expected token numbers such as [3, -1], or None for all")
+        raise InputError(
+            f"positions is {positions!r}; expected token numbers such as [3, -1], or None for all"
+        )
     made = torch.zeros_like(mask)
     for row, real in enumerate(mask):
         places = real.nonzero().flatten()

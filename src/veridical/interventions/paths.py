@@ -27,7 +27,8 @@ from veridical.interventions.between import Between, Direction
 from veridical.interventions.graph import Edge, Graph, Node
 from veridical.interventions.links import Path, Paths
 from veridical.interventions.patched_paths import PatchedPaths
-from veridical.interventions.rewire import Rewiring, Variant, layer_of
+from veridical.interventions.rewire import Rewiring
+from veridical.interventions.rewired_pass import Variant, layer_of
 from veridical.progress import bar
 
 if TYPE_CHECKING:
@@ -254,10 +255,12 @@ def _warn(
             if between.metric.site is not None
             else "it reads other positions, and nothing carries the patched ones there"
         )
-        warnings.warn(f"the metric cannot depend on {shown} ({why}): the effect is exactly zero", stacklevel=3)
+        warnings.warn(
+            f"the metric cannot depend on {shown} ({why}): the effect is exactly zero", stacklevel=3
+        )
     if reach.any() and np.array_equal(values, np.repeat(base[None], len(items), axis=0)):
         warnings.warn(
-            "no patch changed the metric, to the last bit: at the patched positions the senders write the same "
-            "in both runs, or nothing that the metric reads comes of it",
+            "no patch changed the metric, to the last bit: at the patched positions the senders write the "
+            "same in both runs, or nothing that the metric reads comes of it",
             stacklevel=3,
         )
