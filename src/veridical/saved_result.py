@@ -39,6 +39,7 @@ KINDS = {
     "Judged": "probes.judged",
     "LearningCurve": "probes.learning",
     "ModelTransfer": "probes.model_transfer",
+    "Patched": "interventions.patched",
     "PatchedPaths": "interventions.patched_paths",
     "TransferMatrix": "probes.transfer",
 }

@@ -6,8 +6,15 @@ texts of unequal length.
 `ablate` takes sites, heads, neurons, SAE features or directions out, over the `means` of a data set, tokens
 that `drawing` picks, or nothing (`replacing`); `spots` says at which tokens, `units` which heads.
 
+`patch` sweeps activation patches over sites, layers, positions and heads (`places`): `sweep` says which runs
+that needs, `suffix` makes them, running only what lies above and behind a patch (`prefix` holds the key/value
+caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
+
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
-has what each part adds.
+has what each part adds. `patch_paths` in `paths` patches edges and paths (`links`) exactly, over the runs that
+`between` sets up and `rewire` makes (`rewired_pass`); `patched_paths` is the result. `find_circuit` in
+`circuit` keeps the edges that explain a metric and checks them; `connected` says which edges lead somewhere,
+`circuit_result` is the result, `circuit_figures` draws it.
 """
 
 from __future__ import annotations
@@ -18,36 +25,54 @@ from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.interventions.ablate import Ablation, ablate
+    from veridical.interventions.circuit import find_circuit
+    from veridical.interventions.circuit_result import Circuit
     from veridical.interventions.graph import Edge, Graph, Node
     from veridical.interventions.inputs import Inputs
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
+    from veridical.interventions.patch import patch
+    from veridical.interventions.patched import Patched
+    from veridical.interventions.patched_paths import PatchedPaths
+    from veridical.interventions.paths import patch_paths
 
 _HOME = {
     "Ablation": "ablate",
+    "Circuit": "circuit_result",
     "Edge": "graph",
     "Graph": "graph",
     "Inputs": "inputs",
     "Means": "means",
     "Metric": "metrics",
     "Node": "graph",
+    "Patched": "patched",
+    "PatchedPaths": "patched_paths",
     "ProbeMetric": "metrics",
     "ablate": "ablate",
     "as_metric": "metrics",
+    "find_circuit": "circuit",
     "mean_activations": "means",
+    "patch": "patch",
+    "patch_paths": "paths",
 }
 __all__ = [
     "Ablation",
+    "Circuit",
     "Edge",
     "Graph",
     "Inputs",
     "Means",
     "Metric",
     "Node",
+    "Patched",
+    "PatchedPaths",
     "ProbeMetric",
     "ablate",
     "as_metric",
+    "find_circuit",
     "mean_activations",
+    "patch",
+    "patch_paths",
 ]
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -42,8 +42,8 @@ def by_span(
     """
     pairs: dict[int, int] = {}
     for ours, theirs in spans:
-        a = _tokens_of(clean, ours, "clean", row)
-        b = _tokens_of(corrupt, theirs, "corrupt", row)
+        a = tokens_of(clean, ours, "clean", row)
+        b = tokens_of(corrupt, theirs, "corrupt", row)
         for i, j in zip(reversed(a), reversed(b)):
             if pairs.get(i, j) != j or (i not in pairs and j in pairs.values()):
                 raise InputError(
@@ -96,7 +96,12 @@ def _is_span(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) == 2 and all(type(number) is int for number in value)
 
 
-def _tokens_of(encoded: Encoded, span: Span, side: str, row: int) -> list[int]:
+def tokens_of(encoded: Encoded, span: Span, side: str, row: int) -> list[int]:
+    """Positions of the tokens that a span of a text touches.
+
+    Raises:
+        InputError: A span that is not in the text or holds no token, or a tokenizer that gives no offsets.
+    """
     if encoded.offsets is None:
         raise InputError(f"row {row}: this tokenizer does not tell where tokens begin; align by token")
     if isinstance(span, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,6 +59,18 @@ class Inputs:
     def width(self) -> int:
         """Positions of the batch, padding included."""
         return self.mask.shape[1]
+
+    def part(self, rows: range) -> Inputs:
+        """Some of the rows, of the same width."""
+        at = slice(rows.start, rows.stop)
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                changed[field.name] = {name: tensor[at] for name, tensor in value.items()}
+            elif value is not None:
+                changed[field.name] = value[at]
+        return replace(self, **changed)
 
     def swapped(self) -> Inputs:
         """Clean and corrupt exchanged; answers, prompts and groups stay."""

@@ -93,7 +93,7 @@ class Metric:
         if self.site is not None:
             return self
         if self.targets is not None:
-            self._check(total)
+            self.check(total)
             chosen = {
                 name: values if len(values) == 1 else values[index.to(values.device)]
                 for name, values in self.targets.items()
@@ -106,7 +106,12 @@ class Metric:
             raise InputError(f"the metric {self.name} is a function that sees all {total} examples at once")
         return replace(self, function=lambda x: torch.cat([self(part) for part in x.split(total)]))
 
-    def _check(self, rows: int) -> None:
+    def check(self, rows: int) -> None:
+        """Refuses answers for another number of rows.
+
+        Raises:
+            InputError: Neither one answer for all rows nor one for each.
+        """
         for name, values in (self.targets or {}).items():
             if len(values) not in (1, rows):
                 raise InputError(
@@ -206,7 +211,7 @@ def _bound(metric: Metric, targets: dict[str, Tensor]) -> Metric:
     inner = metric.bind(targets)
 
     def function(logits: Tensor) -> Tensor:
-        bound._check(len(logits))
+        bound.check(len(logits))
         return inner(logits)
 
     bound = replace(metric, function=function, targets=targets)
