@@ -365,6 +365,47 @@ def test_the_model_is_left_as_it_was(hooked):
     assert torch.equal(model.run(inputs).logits, before)
 
 
+def test_blocks_below_the_receiver_are_not_run(hooked):
+    model = hooked("llama")
+    calls = []
+    own = [type(block).forward for block in model.architecture.blocks]
+    for layer, block in enumerate(model.architecture.blocks):
+        block.forward = lambda *args, layer=layer, block=block, **kwargs: (
+            calls.append(layer) or own[layer](block, *args, **kwargs)
+        )
+    try:
+        found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges="mlp.0->head.1.1:k")
+    finally:
+        for block in model.architecture.blocks:
+            del block.forward
+    # The graph's pass over two short rows, two plain runs, and one from block 1 with its keys made once more.
+    assert calls == [0, 1, 2] * 3 + [1, 1, 2]
+    assert (found.effects != 0).all()
+
+
+def test_a_users_hooks_count(hooked):
+    """A hook that treats the rows of a batch differently sees the batch as it was given."""
+    model, seen = hooked("llama"), set()
+
+    def hook(module, args, output):
+        seen.add(len(output))
+        ramp = torch.linspace(1, 2, len(output))[:, None, None]
+        return output * ramp
+
+    names = ["mlp.0->head.1.1:k", "embed->logits", "head.0.0->mlp.1:in"]
+    handle = model.model.model.layers[0].mlp.register_forward_hook(hook)
+    try:
+        found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges=names)
+        base, other = (model.batch(side, padding_side="left") for side in (CORRUPT, CLEAN))
+        with torch.no_grad():
+            slow = Slow(model, base, other, base["attention_mask"].bool())
+            expected = [metric(slow.edges({name})).numpy() for name in names]
+    finally:
+        handle.remove()
+    assert seen == {2}
+    np.testing.assert_allclose(found.values, expected, rtol=2e-5)
+
+
 # The result
 
 

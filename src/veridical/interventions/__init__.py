@@ -6,9 +6,9 @@ texts of unequal length.
 `ablate` takes sites, heads, neurons, SAE features or directions out, over the `means` of a data set, tokens
 that `drawing` picks, or nothing (`replacing`); `spots` says at which tokens, `units` which heads.
 
-`patch` sweeps activation patches over sites, layers, positions and heads (`places`): `sweep` says which runs
-that needs, `suffix` makes them, running only what lies above and behind a patch (`prefix` holds the key/value
-caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
+`patch` sweeps activation patches over sites, layers, positions and heads (`places`): `sweep` says which
+runs that needs, `suffix` makes them, running only what lies above and behind a patch (`prefix` holds the
+key/value caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
 
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
 has what each part adds. `patch_paths` in `paths` patches edges and paths (`links`) exactly, over the runs that

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ from veridical.errors import InputError
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
+from veridical.interventions.patch import warn_of_training
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
@@ -46,6 +46,7 @@ class Between:
         *,
         direction: Direction = "denoising",
         positions: int | Sequence[int] | None = None,
+        keep: int | None = None,
         answers: Any = None,
         wrong: Any = None,
         align: Any = None,
@@ -54,27 +55,27 @@ class Between:
         if direction not in ("denoising", "noising"):
             raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
         self.model = model = loaded(model)
+        warn_of_training(model)
         self.graph = Graph.of(model)
         self.inputs = Inputs.of(model, clean, corrupt, align)
         self.direction: Direction = direction
         self.positions = "all" if positions is None else str(positions)
         self.batch_tokens = batch_tokens
-        self.metric = as_metric(metric, model, answers, wrong, inputs=self.inputs)
+        self.metric = as_metric(metric, model, answers, wrong, keep=keep, inputs=self.inputs)
+        self.metric.check(len(self.inputs))
         if self.metric.name == "kl" and self.metric.function is None:
             self.metric = self.metric.with_reference(self._clean_logits())
         base = self.inputs if direction == "noising" else self.inputs.swapped()
         self._base = base
-        self.at = (base.matched >= 0) & base.mask & chosen_positions(base.mask, positions)
+        chosen = chosen_positions(self.inputs.mask, positions) & (self.inputs.matched >= 0)
+        if direction == "denoising":
+            rows, places = chosen.nonzero(as_tuple=True)
+            chosen = torch.zeros_like(chosen)
+            chosen[rows, self.inputs.matched[rows, places]] = True
+        self.at = chosen & base.mask
         if not bool(self.at.any()):
             raise InputError(
                 "no position of the clean rows goes with one of the corrupt rows; nothing to patch"
-            )
-        if model.model.training and any(
-            isinstance(part, nn.Dropout) and part.p > 0 for part in model.model.modules()
-        ):
-            warnings.warn(
-                f"{model.path} is in training mode: dropout makes every run another; call model.model.eval()",
-                stacklevel=3,
             )
         self._kept: tuple[tuple[int, ...], Rewiring] | None = None
 

@@ -52,6 +52,7 @@ def patch_paths(
     together: bool = False,
     direction: Direction = "denoising",
     positions: int | Sequence[int] | None = None,
+    keep: int | None = None,
     answers: Any = None,
     wrong: Any = None,
     align: Any = None,
@@ -80,7 +81,8 @@ def patch_paths(
         direction: "denoising" carries the clean run into the corrupt one, "noising" the corrupt into the
             clean.
         positions: Tokens at which an edge, or the first link of a path, is patched: numbers from the start
-            of each row's text, or from its end where negative; all when not given.
+            of each clean row's text, or from its end where negative; all when not given.
+        keep: How many last positions a metric function reads; all when not given.
         answers, wrong: Answers for metrics that need them; see `as_metric`.
         align: For rows of unequal token counts; see `Inputs`. What does not match is not patched.
         bootstrap: Resamples of rows (whole pairs, for `Pairs`) for the 95 % intervals.
@@ -99,8 +101,8 @@ def patch_paths(
     if (paths is not None) + (edges is not None) + (senders is not None or receivers is not None) != 1:
         raise InputError("give edges=, or senders= and/or receivers=, or paths=: one of the three")
     between = Between(
-        model, clean, corrupt, metric, direction=direction, positions=positions, answers=answers, wrong=wrong,
-        align=align, batch_tokens=batch_tokens,
+        model, clean, corrupt, metric, direction=direction, positions=positions, keep=keep, answers=answers,
+        wrong=wrong, align=align, batch_tokens=batch_tokens,
     )  # fmt: skip
     graph = between.graph
     if paths is not None:

@@ -2,7 +2,8 @@
 
 Several variants run at once, as copies of the examples side by side. In each, a receiver's input is the
 residual stream as it is in that run, plus, for each of its patched edges, the sender's contribution in the
-other run less its contribution in this one (`rewired_pass`).
+other run less its contribution in this one (`rewired_pass`). Blocks below the first changed input are not
+run again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from veridical.interventions.contributions import output_projection, sender_site, sender_sites
 from veridical.interventions.graph import Graph, Node
+from veridical.interventions.patch import carries_hooks
 from veridical.interventions.rewired_pass import Pass, Variant, exact, layer_of
+from veridical.interventions.suffix import noted
 from veridical.sites import Site
 
 if TYPE_CHECKING:
@@ -63,13 +66,18 @@ class Rewiring:
             batch_tokens: Tokens in one forward, over all variants that run together.
         """
         self.model, self.graph, self.metric, self.at = model, graph, metric, at
-        self.batch_tokens = batch_tokens
+        # A user's hooks may tell rows and blocks apart: then each variant has a whole forward of its own.
+        self.plain = carries_hooks(model)
+        self.batch_tokens = 0 if self.plain else batch_tokens
         self.inputs, self.rows = dict(base), len(at)
         self.last = Site("resid_post", model.n_layers - 1)
         self.metric_site = model.resolve(metric.site)[0] if metric.site is not None else None
         ports = [Site(kind, layer) for layer in range(model.n_layers) for kind in "qkv"]
         sent = sender_sites(graph.senders)
-        self.base_metric, self.base = self._recorded(base, sent)
+        # What enters each block, and the form of what it returns: for passes that begin further up.
+        self.streams = [Site("resid_pre", layer) for layer in range(model.n_layers)]
+        with noted(model.architecture.blocks) as self.outputs:
+            self.base_metric, self.base = self._recorded(base, [*sent, *self.streams])
         self.other_metric, found = self._recorded(other, [*sent, *ports, self.last])
         if not bool((partner == torch.arange(at.shape[1], device=partner.device))[at].all()):
             index = torch.arange(self.rows, device=partner.device)[:, None], partner.clamp(min=0)
@@ -147,9 +155,9 @@ class Rewiring:
     def _recorded(
         self, inputs: Mapping[str, Tensor], sites: Sequence[Site]
     ) -> tuple[Tensor, dict[Site, Tensor]]:
-        wanted = [*sites, *([self.metric_site] if self.metric_site is not None else [])]
+        wanted = [*dict.fromkeys(sites), *([self.metric_site] if self.metric_site is not None else [])]
         run = self.model.run(self.trimmed(inputs), read=wanted)
-        seen = self.kept(run.logits) if self.metric_site is None else run[self.metric_site][:, -1]
+        seen = self.kept(run.logits) if self.metric_site is None else run[self.metric_site][:, -1].flatten(1)
         return self.metric(seen), {site: run[site] for site in sites}
 
     def trimmed(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 What a head makes of its changed input as query, key or value, or an MLP as its output, is found by running
 its block once more from that input and stopping there; it is put into the run for that head alone, and the
-run goes on. A receiver all of whose edges are patched takes the other run's value as it is.
+run goes on. A receiver all of whose edges are patched takes the other run's value as it is. Blocks below the
+first changed input only hand on what comes, and the first that is run gets the base run's stream.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from veridical.errors import ModelError
-from veridical.hooks import Stop, attached, missed
+from veridical.hooks import Stop, attached, missed, overridden
 from veridical.interventions.contributions import sender_site, sender_sites
 from veridical.interventions.graph import Node
+from veridical.interventions.suffix import handing_on
 from veridical.sites import Site
 
 if TYPE_CHECKING:
@@ -83,13 +85,18 @@ class Pass:
     def run(self) -> Tensor:
         """The logits that the metric reads, or the value at the site where the pass ends."""
         reads, writes = self._taps()
+        blocks = self.model.architecture.blocks
         inputs = {
             name: value.repeat(self.count, *[1] * (value.dim() - 1)) for name, value in self.of.inputs.items()
         }
         with contextlib.ExitStack() as stack:
+            if skipped := self._skipped():
+                forwards = {blocks[layer]: handing_on(self.of.outputs[layer]) for layer in range(skipped)}
+                stack.enter_context(overridden(forwards))
+                stream = self.of.base[self.of.streams[skipped]]
+                writes[self.of.streams[skipped]] = lambda value: stream.repeat(self.count, 1, 1)
             for layer in {layer for _, layer in self.slots if layer < self.model.n_layers}:
-                block = self.model.architecture.blocks[layer]
-                handle = block.register_forward_pre_hook(self._noting(layer), with_kwargs=True)
+                handle = blocks[layer].register_forward_pre_hook(self._noting(layer), with_kwargs=True)
                 stack.callback(handle.remove)
             run = stack.enter_context(
                 attached(
@@ -100,13 +107,19 @@ class Pass:
             with contextlib.suppress(Stop):
                 run.output = self.model.call(self.of.trimmed(inputs))
         expected = {(i, node) for i, variant in enumerate(self.variants) for node in variant.receivers}
-        if skipped := sorted({node.name for _, node in expected - self.written}):
-            raise ModelError(f"not reached in this forward pass, so not patched: {', '.join(skipped)}")
+        if missing := sorted({node.name for _, node in expected - self.written}):
+            raise ModelError(f"not reached in this forward pass, so not patched: {', '.join(missing)}")
         if self.end is None:
             return self.of.kept(run.logits)
         if self.result is None:
             raise ModelError(f"not reached in this forward pass: {self.end}")
         return self.result
+
+    def _skipped(self) -> int:
+        """How many blocks every variant shares with the base run: those hand on what comes, and the next one
+        is given the base's stream."""
+        raw = self.of.metric_site is not None and self.of.metric_site.is_raw
+        return 0 if self.of.plain or raw else min(self.start, self.model.n_layers - 1)
 
     def _planned(self) -> dict[tuple[str, int], list[_Slot]]:
         """Changed inputs by place ("head", "mlp", "logits") and layer, equal ones of a variant as one."""
@@ -215,7 +228,7 @@ class Pass:
         return value
 
     def _stop(self, value: Tensor) -> None:
-        self.result = value if self.end != self.of.metric_site else value[:, -1]
+        self.result = value if self.end != self.of.metric_site else value[:, -1].flatten(1)
         raise Stop
 
     # Parts

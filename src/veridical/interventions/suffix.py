@@ -155,7 +155,7 @@ class Engine:
         if count:
             stream.append(Site("resid_post", count - 1))
         wanted: list[Any] = [*stream, *read, *([self.site] if self.site else [])]
-        with _noted(self.blocks) as base.outputs, torch.no_grad():
+        with noted(self.blocks) as base.outputs, torch.no_grad():
             run = self.model.run(given, read=wanted)
         base.stream = [run[site] for site in stream]
         base.values = dict(run.values)
@@ -441,7 +441,7 @@ def _substituted(
 
 
 @contextlib.contextmanager
-def _noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+def noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Notes what each block returns."""
     outputs: list[Any] = [None] * len(blocks)
     handles: list[Any] = []
