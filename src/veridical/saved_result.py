@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
+    "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
     "Circuit": "interventions.circuit_result",

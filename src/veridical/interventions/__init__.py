@@ -11,10 +11,13 @@ runs that needs, `suffix` makes them, running only what lies above and behind a 
 key/value caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
 
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
-has what each part adds. `patch_paths` in `paths` patches edges and paths (`links`) exactly, over the runs that
-`between` sets up and `rewire` makes (`rewired_pass`); `patched_paths` is the result. `find_circuit` in
-`circuit` keeps the edges that explain a metric and checks them; `connected` says which edges lead somewhere,
-`circuit_result` is the result, `circuit_figures` draws it.
+has what each part adds. `attribute` scores parts by `gradients` between two `runs`: linearly, along a path
+(`integrated`), or edge by edge (`edges`); `attribution` is what it found.
+
+`patch_paths` in `paths` patches edges and paths (`links`) exactly, over the runs that `between` sets up and
+`rewire` makes (`rewired_pass`); `patched_paths` is the result. `find_circuit` in `circuit` keeps the edges
+that explain a metric and checks them; `connected` says which edges lead somewhere, `circuit_result` is the
+result, `circuit_figures` draws it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.interventions.ablate import Ablation, ablate
+    from veridical.interventions.attributing import attribute
+    from veridical.interventions.attribution import Attribution
     from veridical.interventions.circuit import find_circuit
     from veridical.interventions.circuit_result import Circuit
     from veridical.interventions.graph import Edge, Graph, Node
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Ablation": "ablate",
+    "Attribution": "attribution",
     "Circuit": "circuit_result",
     "Edge": "graph",
     "Graph": "graph",
@@ -50,6 +56,7 @@ _HOME = {
     "ProbeMetric": "metrics",
     "ablate": "ablate",
     "as_metric": "metrics",
+    "attribute": "attributing",
     "find_circuit": "circuit",
     "mean_activations": "means",
     "patch": "patch",
@@ -57,6 +64,7 @@ _HOME = {
 }
 __all__ = [
     "Ablation",
+    "Attribution",
     "Circuit",
     "Edge",
     "Graph",
@@ -69,6 +77,7 @@ __all__ = [
     "ProbeMetric",
     "ablate",
     "as_metric",
+    "attribute",
     "find_circuit",
     "mean_activations",
     "patch",

@@ -164,7 +164,7 @@ class _Search:
             variants = [edge_variant([edge]) for edge in self.graph.edges]
             scores = self.clean - self.between.run(lambda x: x.measure(variants, self.tick))
         else:
-            from veridical.interventions.attribute import attribute
+            from veridical.interventions.attributing import attribute
 
             found = attribute(
                 self.between.model, clean, corrupt, metric=self.between.metric, method="edges",
