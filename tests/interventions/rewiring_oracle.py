@@ -1,4 +1,4 @@
-"""The slow, obvious reference of edge and path patching: one receiver at a time, by plain runs of the model."""
+"""The slow, obvious reference of edge and path patching: one receiver at a time, by plain runs."""
 
 import torch
 
@@ -37,7 +37,7 @@ class Slow:
         return self.model.place(Site("z", layer)).module(z.flatten(-2))
 
     def edges(self, patched):
-        """Logits with the edges in `patched` carrying the other run: receivers one by one, in causal order."""
+        """Logits with the edges in `patched` carrying the other run, receiver by receiver in causal order."""
         forced, final = {}, None
         for receiver in sorted(self.graph.receivers, key=self.graph.before):
             senders = [s for s in self.graph.senders_of(receiver) if f"{s.name}->{receiver.name}" in patched]
@@ -85,12 +85,14 @@ class Slow:
 
     def path(self, names):
         """Logits with one path: sender, receivers between, and "logits" or a last receiver."""
-        change = (self.other[self.graph.sender(names[0])] - self.base[self.graph.sender(names[0])]) * self.at[..., None]
+        change = (self.other[self.graph.sender(names[0])] - self.base[self.graph.sender(names[0])]) * self.at[
+            ..., None
+        ]
         for place, name in enumerate(names[1:], start=1):
             receiver = self.graph.receiver(name)
             if receiver.kind == "logits":
                 last = Site("resid_post", self.model.n_layers - 1)
-                return self.model.run(self.inputs, write={last: lambda value: value + change}).logits
+                return self.model.run(self.inputs, write={last: change.add}).logits
             forced = {}
             self.force(forced, receiver, self.received(receiver, change))
             if place == len(names) - 1:

@@ -1,16 +1,16 @@
-"""Edge and path patching against one-receiver-at-a-time runs, micro-models worked out by hand, and bad input."""
+"""Edge and path patching against a receiver at a time, micro-models worked out by hand, and bad input."""
 
 import random
 import re
 import warnings
 
+import micro
 import numpy as np
 import pytest
 import torch
+from rewiring_oracle import Slow
 
 import veridical as vd
-import micro
-from rewiring_oracle import Slow
 from tiny_models import TINY, make
 from veridical.errors import InputError, ModelError, UnknownNameError
 from veridical.interventions.metrics import Metric
@@ -104,7 +104,7 @@ def test_paths_link_by_link(case, name):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_every_edge_is_the_other_run_and_no_edge_is_this_one(case, name, direction):
-    model, clean, corrupt, slow = case(name)
+    model, clean, corrupt, _slow = case(name)
     everything = patch_paths(
         model, clean, corrupt, metric=metric, edges="*", together=True, direction=direction
     )
@@ -193,7 +193,9 @@ def test_kl_and_probe_metrics(hooked):
     late = patch_paths(model, clean, corrupt, metric=probe, edges="embed->mlp.1")
     assert (late.effects != 0).all()
     with pytest.warns(UserWarning, match="cannot depend on embed->head.2.0:q, mlp.1->logits"):
-        beyond = patch_paths(model, clean, corrupt, metric=probe, edges=["embed->head.2.0:q", "mlp.1->logits"])
+        beyond = patch_paths(
+            model, clean, corrupt, metric=probe, edges=["embed->head.2.0:q", "mlp.1->logits"]
+        )
     assert (beyond.effects == 0).all()
 
 
@@ -239,7 +241,9 @@ def test_linear_by_hand():
     change = (micro.values()[clean] - micro.values()[corrupt])[0]
     expected = [0.5 * change[-1, 0], 2 * change[:, 0].mean(), -change[:, 1].mean()]
     np.testing.assert_allclose(found.effects[:, 0], expected, rtol=1e-5)
-    assert found.effects.sum() == pytest.approx((micro.by_hand(clean) - micro.by_hand(corrupt)).item(), rel=1e-5)
+    assert found.effects.sum() == pytest.approx(
+        (micro.by_hand(clean) - micro.by_hand(corrupt)).item(), rel=1e-5
+    )
 
 
 def test_edges_out_of_a_node_sum_to_its_patch_on_a_linear_model():
@@ -262,7 +266,7 @@ def test_induction_circuit_by_path(family):
     group = 1 if family == "llama_grouped" else 2
     found = patch_paths(
         model, texts.clean, texts.corrupt, metric="logit_diff", answers=texts.answers, wrong=texts.wrong,
-        paths=[f"head.0.1->head.1.{group}:k->logits", f"head.0.1->head.1.{group}:v->logits", "head.0.1->logits"],
+        paths=[*(f"head.0.1->head.1.{group}:{port}->logits" for port in "kv"), "head.0.1->logits"],
     )  # fmt: skip
     assert found.to_frame()["share"].tolist() == pytest.approx([1, 0, 0], abs=1e-5)
 
@@ -329,12 +333,15 @@ def test_heads_behind_a_norm_are_whole_layers(hooked):
 
 def test_edges_that_the_metric_cannot_see_are_zero_and_warned(hooked):
     given = {"metric": "logit_diff", "answers": 9, "wrong": 10, "positions": 0}
-    with pytest.warns(UserWarning, match=r"cannot depend on mlp.2->logits, embed->mlp.2:in .*reads other positions"):
+    with pytest.warns(
+        UserWarning, match=r"cannot depend on mlp.2->logits, embed->mlp.2:in .*reads other positions"
+    ):
         found = patch_paths(
             hooked("llama"), [[5, 9, 17]], [[6, 9, 17]],
             edges=["mlp.2->logits", "embed->mlp.2", "embed->head.2.0:k"], **given,
         )  # fmt: skip
-    assert (found.effects[:2] == 0).all() and (found.effects[2] != 0).all()
+    assert (found.effects[:2] == 0).all()
+    assert (found.effects[2] != 0).all()
 
 
 def test_nothing_changed_is_warned(hooked):
@@ -348,14 +355,55 @@ def test_the_model_is_left_as_it_was(hooked):
     before = model.run(inputs).logits
     there = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.model.modules()]
     patch_paths(model, CLEAN, CORRUPT, metric=metric, edges="*")
+
+    def fails(logits):
+        raise RuntimeError("from the metric")
+
     with pytest.raises(RuntimeError, match="from the metric"):
-
-        def fails(logits):
-            raise RuntimeError("from the metric")
-
         patch_paths(model, CLEAN, CORRUPT, metric=fails, edges="*")
     assert there == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.model.modules()]
     assert torch.equal(model.run(inputs).logits, before)
+
+
+def test_blocks_below_the_receiver_are_not_run(hooked):
+    model = hooked("llama")
+    calls = []
+    own = [type(block).forward for block in model.architecture.blocks]
+    for layer, block in enumerate(model.architecture.blocks):
+        block.forward = lambda *args, layer=layer, block=block, **kwargs: (
+            calls.append(layer) or own[layer](block, *args, **kwargs)
+        )
+    try:
+        found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges="mlp.0->head.1.1:k")
+    finally:
+        for block in model.architecture.blocks:
+            del block.forward
+    # The graph's pass over two short rows, two plain runs, and one from block 1 with its keys made once more.
+    assert calls == [0, 1, 2] * 3 + [1, 1, 2]
+    assert (found.effects != 0).all()
+
+
+def test_a_users_hooks_count(hooked):
+    """A hook that treats the rows of a batch differently sees the batch as it was given."""
+    model, seen = hooked("llama"), set()
+
+    def hook(module, args, output):
+        seen.add(len(output))
+        ramp = torch.linspace(1, 2, len(output))[:, None, None]
+        return output * ramp
+
+    names = ["mlp.0->head.1.1:k", "embed->logits", "head.0.0->mlp.1:in"]
+    handle = model.model.model.layers[0].mlp.register_forward_hook(hook)
+    try:
+        found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges=names)
+        base, other = (model.batch(side, padding_side="left") for side in (CORRUPT, CLEAN))
+        with torch.no_grad():
+            slow = Slow(model, base, other, base["attention_mask"].bool())
+            expected = [metric(slow.edges({name})).numpy() for name in names]
+    finally:
+        handle.remove()
+    assert seen == {2}
+    np.testing.assert_allclose(found.values, expected, rtol=2e-5)
 
 
 # The result
@@ -368,12 +416,16 @@ def test_frame_figure_and_report(hooked):
     frame = few.to_frame()
     assert frame["receiver"].tolist() == ["mlp.0:in", "mlp.1:in", "mlp.2:in"]
     np.testing.assert_allclose(frame["share"], few.effects.mean(1) / (few.clean - few.corrupt).mean())
-    assert (frame["effect_low"] <= frame["effect"]).all() and (frame["effect"] <= frame["effect_high"]).all()
+    assert (frame["effect_low"] <= frame["effect"]).all()
+    assert (frame["effect"] <= frame["effect_high"]).all()
     every = patch_paths(hooked("llama"), rows, other, metric=metric, edges="*")
-    assert few.figure().data[0].type == "bar" and every.figure().data[0].type == "heatmap"
+    assert few.figure().data[0].type == "bar"
+    assert every.figure().data[0].type == "heatmap"
     section = every.report_section()
-    assert section.figures and "190 edges" in section.text
-    assert "<table" in few._repr_html_() and "3 edges" in repr(few)
+    assert section.figures
+    assert "190 edges" in section.text
+    assert "<table" in few._repr_html_()
+    assert "3 edges" in repr(few)
 
 
 def test_one_row_has_no_interval(hooked):
@@ -386,4 +438,5 @@ def test_saved_and_loaded(hooked, tmp_path):
     found = patch_paths(hooked("llama"), CLEAN, CORRUPT, metric=metric, edges="*")
     again = type(found).load(found.save(tmp_path / "edges"))
     np.testing.assert_array_equal(again.values, found.values)
-    assert again.to_frame().equals(found.to_frame()) and again.facts == found.facts
+    assert again.to_frame().equals(found.to_frame())
+    assert again.facts == found.facts

@@ -22,6 +22,15 @@ texts of unequal length. `patch` sweeps activation patches over sites, layers, p
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
 has what each part adds. `attribute` scores parts by `gradients` between two `runs`: linearly, along a path
 (`integrated`), or edge by edge (`edges`); `attribution` is what it found.
+
+`patch` sweeps activation patches over sites, layers, positions and heads (`places`): `sweep` says which
+runs that needs, `suffix` makes them, running only what lies above and behind a patch (`prefix` holds the
+key/value caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
+
+`patch_paths` in `paths` patches edges and paths (`links`) exactly, over the runs that `between` sets up and
+`rewire` makes (`rewired_pass`); `patched_paths` is the result. `find_circuit` in `circuit` keeps the edges
+that explain a metric and checks them; `connected` says which edges lead somewhere, `circuit_result` is the
+result, `circuit_figures` draws it.
 """
 
 from __future__ import annotations
@@ -31,9 +40,11 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
-    from veridical.interventions.ablation import Ablation, ablate
+    from veridical.interventions.ablate import Ablation, ablate
     from veridical.interventions.attributing import attribute
     from veridical.interventions.attribution import Attribution
+    from veridical.interventions.circuit import find_circuit
+    from veridical.interventions.circuit_result import Circuit
     from veridical.interventions.direct import DirectLogits, direct_logits
     from veridical.interventions.graph import Edge, Graph, Node
     from veridical.interventions.inputs import Inputs
@@ -43,12 +54,15 @@ if TYPE_CHECKING:
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
     from veridical.interventions.patch import patch
     from veridical.interventions.patched import Patched
+    from veridical.interventions.patched_paths import PatchedPaths
+    from veridical.interventions.paths import patch_paths
     from veridical.interventions.tuned import tuned_lens
     from veridical.interventions.tuned_result import TunedLens
 
 _HOME = {
-    "Ablation": "ablation",
+    "Ablation": "ablate",
     "Attribution": "attribution",
+    "Circuit": "circuit_result",
     "DirectLogits": "direct",
     "Edge": "graph",
     "Graph": "graph",
@@ -58,20 +72,24 @@ _HOME = {
     "Metric": "metrics",
     "Node": "graph",
     "Patched": "patched",
+    "PatchedPaths": "patched_paths",
     "ProbeMetric": "metrics",
     "TunedLens": "tuned_result",
-    "ablate": "ablation",
+    "ablate": "ablate",
     "as_metric": "metrics",
     "attribute": "attributing",
     "direct_logits": "direct",
+    "find_circuit": "circuit",
     "logit_lens": "lenses",
     "mean_activations": "means",
     "patch": "patch",
+    "patch_paths": "paths",
     "tuned_lens": "tuned",
 }
 __all__ = [
     "Ablation",
     "Attribution",
+    "Circuit",
     "DirectLogits",
     "Edge",
     "Graph",
@@ -81,15 +99,18 @@ __all__ = [
     "Metric",
     "Node",
     "Patched",
+    "PatchedPaths",
     "ProbeMetric",
     "TunedLens",
     "ablate",
     "as_metric",
     "attribute",
     "direct_logits",
+    "find_circuit",
     "logit_lens",
     "mean_activations",
     "patch",
+    "patch_paths",
     "tuned_lens",
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from veridical.errors import InputError
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
-from veridical.interventions.metrics import Metric, as_metric
+from veridical.interventions.metrics import as_metric
+from veridical.interventions.patch import warn_of_training
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
@@ -46,6 +46,7 @@ class Between:
         *,
         direction: Direction = "denoising",
         positions: int | Sequence[int] | None = None,
+        keep: int | None = None,
         answers: Any = None,
         wrong: Any = None,
         align: Any = None,
@@ -54,25 +55,27 @@ class Between:
         if direction not in ("denoising", "noising"):
             raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
         self.model = model = loaded(model)
+        warn_of_training(model)
         self.graph = Graph.of(model)
         self.inputs = Inputs.of(model, clean, corrupt, align)
         self.direction: Direction = direction
         self.positions = "all" if positions is None else str(positions)
         self.batch_tokens = batch_tokens
-        self.metric = as_metric(metric, model, answers, wrong, inputs=self.inputs)
+        self.metric = as_metric(metric, model, answers, wrong, keep=keep, inputs=self.inputs)
+        self.metric.check(len(self.inputs))
         if self.metric.name == "kl" and self.metric.function is None:
             self.metric = self.metric.with_reference(self._clean_logits())
         base = self.inputs if direction == "noising" else self.inputs.swapped()
         self._base = base
-        self.at = (base.matched >= 0) & base.mask & chosen_positions(base.mask, positions)
+        chosen = chosen_positions(self.inputs.mask, positions) & (self.inputs.matched >= 0)
+        if direction == "denoising":
+            rows, places = chosen.nonzero(as_tuple=True)
+            chosen = torch.zeros_like(chosen)
+            chosen[rows, self.inputs.matched[rows, places]] = True
+        self.at = chosen & base.mask
         if not bool(self.at.any()):
-            raise InputError("no position of the clean rows goes with one of the corrupt rows; nothing to patch")
-        if model.model.training and any(
-            isinstance(part, nn.Dropout) and part.p > 0 for part in model.model.modules()
-        ):
-            warnings.warn(
-                f"{model.path} is in training mode: dropout makes every run another; call model.model.eval()",
-                stacklevel=3,
+            raise InputError(
+                "no position of the clean rows goes with one of the corrupt rows; nothing to patch"
             )
         self._kept: tuple[tuple[int, ...], Rewiring] | None = None
 
@@ -80,7 +83,7 @@ class Between:
         return len(self.inputs)
 
     def run(self, work: Callable[[Rewiring], Tensor], rows: Sequence[int] | None = None) -> np.ndarray:
-        """What `work` gives for every batch of rows, `[..., rows]` float64, joined along the last dimension."""
+        """What `work` gives for each batch of rows, `[..., rows]` float64, all batches joined."""
         with torch.no_grad():
             parts = [work(rewiring).double().cpu().numpy() for rewiring in self.rewirings(rows)]
         return np.concatenate(parts, axis=-1)
@@ -147,7 +150,9 @@ class Between:
         )
 
     def _clean_logits(self) -> Tensor:
-        extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.model.forward_parameters else {}
+        extra: dict[str, Any] = (
+            {"logits_to_keep": 1} if "logits_to_keep" in self.model.forward_parameters else {}
+        )
         parts = []
         with torch.no_grad():
             for batch in self.batches():
@@ -167,7 +172,9 @@ def chosen_positions(mask: Tensor, positions: int | Sequence[int] | None) -> Ten
         return torch.ones_like(mask)
     listed = [positions] if isinstance(positions, int) else list(positions)
     if not listed or not all(isinstance(number, int) and not isinstance(number, bool) for number in listed):
-        raise InputError(f"positions is {positions!r}; expected token numbers such as [3, -1], or None for all")
+        raise InputError(
+            f"positions is {positions!r}; expected token numbers such as [3, -1], or None for all"
+        )
     made = torch.zeros_like(mask)
     for row, real in enumerate(mask):
         places = real.nonzero().flatten()

@@ -81,8 +81,8 @@ def find_circuit(
         metric: A name, a function `logits -> [batch]`, or a `Metric`; smooth for method "edges".
         keep: How many of the strongest edges to take: a number, or a share below 1 of all edges. Of these,
             those that lie on no way from the embedding to the logits are left out.
-        faithfulness: Where `keep` is not given: the smallest circuit, along the ranking, whose faithfulness on
-            the choosing rows is as close to 1 as this is.
+        faithfulness: Where `keep` is not given: the smallest circuit, along the ranking, whose faithfulness
+            on the choosing rows is as close to 1 as this is.
         method: How edges are ranked: "edges" by edge attribution, "exact" by patching each alone.
         edges: A circuit of your own ("head.0.1->head.1.2:k", ...), to be checked instead of found.
         prune: Drop edges one after another, from the logits down and the weakest first, whose removal moves
@@ -112,12 +112,14 @@ def find_circuit(
     )  # fmt: skip
     with bar(None, "circuits", "runs", progress) as shown:
         search = _Search(between, holdout, seed, shown.update)
-        given = [edge for item in as_edges(between.graph, edges) for edge in item] if edges is not None else None
+        given = (
+            [edge for item in as_edges(between.graph, edges) for edge in item] if edges is not None else None
+        )
         search.rank(method, clean, corrupt, align, answers, wrong, progress)
         if given is not None:
             chosen = connected(between.graph, given)
         elif keep is not None:
-            chosen = search.top(keep if keep >= 1 else round(keep * len(between.graph)))
+            chosen = search.top(int(keep) if keep >= 1 else round(keep * len(between.graph)))
         else:
             chosen = search.smallest(faithfulness)
         if prune is not None:
@@ -140,22 +142,29 @@ class _Search:
         total = (self.clean - self.corrupt)[self.choosing].mean()
         if not np.isfinite(total):
             raise NonFiniteError(f"the metric {between.metric.name} is NaN or infinite on these rows")
-        if total == 0:
+        if abs(total) <= 1e-6 * (np.abs(self.clean).max() + np.abs(self.corrupt).max()):
             raise InputError(
                 f"the metric {between.metric.name} is the same on clean and corrupt rows "
-                f"({self.clean.mean():.4g}), so there is nothing that a circuit could explain"
+                f"({self.clean.mean():.4g} on average), so there is nothing that a circuit could explain"
             )
 
     def rank(
-        self, method: str, clean: Any, corrupt: Any, align: Any, answers: Any, wrong: Any, progress: bool | None
+        self,
+        method: str,
+        clean: Any,
+        corrupt: Any,
+        align: Any,
+        answers: Any,
+        wrong: Any,
+        progress: bool | None,
     ) -> None:
-        """Sorts edges by the size of their mean score over the choosing rows; a score is what the edge adds to
-        the metric."""
+        """Sorts edges by the size of their mean score over the choosing rows; a score is what the edge adds
+        to the metric."""
         if method == "exact":
             variants = [edge_variant([edge]) for edge in self.graph.edges]
             scores = self.clean - self.between.run(lambda x: x.measure(variants, self.tick))
         else:
-            from veridical.interventions.attribute import attribute
+            from veridical.interventions.attributing import attribute
 
             found = attribute(
                 self.between.model, clean, corrupt, metric=self.between.metric, method="edges",
@@ -170,7 +179,9 @@ class _Search:
             scores = -np.stack([found.edge_scores[:, sender, receiver] for sender, receiver in ends])
         mean = scores[:, self.choosing].mean(1)
         if not np.isfinite(mean).all():
-            raise NonFiniteError(f"scores of edges are NaN or infinite for the metric {self.between.metric.name}")
+            raise NonFiniteError(
+                f"scores of edges are NaN or infinite for the metric {self.between.metric.name}"
+            )
         order = np.argsort(-np.abs(mean), kind="stable")
         self.ranked, self.scores = [self.graph.edges[i] for i in order], mean[order]
 
@@ -213,7 +224,9 @@ class _Search:
                 kept, now = kept - {removed}, value
         return connected(self.graph, [edge for edge in circuit if edge in kept])
 
-    def curve(self, size: int, controls: int) -> tuple[list[tuple[int, int, np.ndarray]], dict[int, np.ndarray]]:
+    def curve(
+        self, size: int, controls: int
+    ) -> tuple[list[tuple[int, int, np.ndarray]], dict[int, np.ndarray]]:
         """Edges asked for, edges kept and the metric `[rows]` of growing circuits; and at some of the sizes
         the metric of random circuits, `[controls, rows]`."""
         sizes = self.sizes()
@@ -237,7 +250,8 @@ class _Search:
     def random(self, size: int, controls: int) -> np.ndarray:
         """The metric of random circuits, `[controls, rows]`."""
         drawn = [
-            random_circuit(self.graph, size, np.random.default_rng([self.seed, size, i])) for i in range(controls)
+            random_circuit(self.graph, size, np.random.default_rng([self.seed, size, i]))
+            for i in range(controls)
         ]
         return np.array(self.values(drawn)).reshape(controls, len(self.clean))
 
@@ -348,7 +362,12 @@ def _split(between: Between, holdout: float, seed: int) -> tuple[np.ndarray, np.
 
 
 def _check(
-    method: str, keep: int | float | None, faithfulness: float, prune: float | None, holdout: float, controls: int
+    method: str,
+    keep: int | float | None,
+    faithfulness: float,
+    prune: float | None,
+    holdout: float,
+    controls: int,
 ) -> None:
     if method not in METHODS:
         raise unknown("method", method, METHODS)

@@ -27,10 +27,8 @@ def bars(patched: PatchedPaths) -> go.Figure:
     """The strongest edges or paths by share of the whole effect, with intervals where there are any."""
     import plotly.graph_objects as go
 
-    frame = patched.to_frame()
-    frame["name"] = [figures.plain(name, 60) for name in patched.names]
-    order = frame["effect"].abs().sort_values(ascending=False, kind="stable").index[:MOST_BARS]
-    frame = frame.loc[order]
+    frame = patched.strongest(MOST_BARS)
+    frame["name"] = [figures.plain(name, 60) for name in frame[patched.what.removesuffix("s")]]
     spread = None
     if len(patched.weights):
         spread = {
@@ -110,7 +108,9 @@ def graph_figure(graph: Graph, scores: Mapping[Edge, float], title: str) -> go.F
     """
     import plotly.graph_objects as go
 
-    spots = {node: _spot(graph, node) for edge in scores for node in (edge.sender, _shown(graph, edge.receiver))}
+    spots = {
+        node: _spot(graph, node) for edge in scores for node in (edge.sender, _shown(graph, edge.receiver))
+    }
     figure = figures.figure()
     inner = [(spots[a], spots[b]) for a, b in _inner(graph, list(spots))]
     figure.add_trace(
@@ -197,7 +197,7 @@ def graph_figure(graph: Graph, scores: Mapping[Edge, float], title: str) -> go.F
 def curve_figure(circuit: Circuit) -> go.Figure:
     """Faithfulness by number of edges, on the rows that chose them and on others, beside random circuits."""
     figure = figures.figure()
-    curve = circuit.curve
+    curve = {name: circuit.curve[name].tolist() for name in circuit.curve}
     figures.line_with_band(
         figure, curve["edges"], curve["faithfulness"], name="rows that chose the edges", colour=figures.SKY
     )
@@ -222,9 +222,7 @@ def curve_figure(circuit: Circuit) -> go.Figure:
         band=f"{circuit.facts['controls']} circuits, smallest to largest",
     )
     figures.reference_line(figure, 1.0, "the whole model")
-    figure.add_vline(
-        x=len(circuit.edges), line={"color": figures.BLACK, "width": 1, "dash": "dash"}
-    )
+    figure.add_vline(x=len(circuit.edges), line={"color": figures.BLACK, "width": 1, "dash": "dash"})
     figure.update_xaxes(type="log")
     return figures.style(
         figure,
@@ -235,7 +233,7 @@ def curve_figure(circuit: Circuit) -> go.Figure:
 
 
 def _shown(graph: Graph, receiver: Node) -> Node:
-    """The node as which a receiver is drawn: its head, or a key/value head of its own where heads share it."""
+    """The node as which a receiver is drawn: its head, or a key/value head where heads share one."""
     if receiver.kind != "head":
         return Node(receiver.kind, receiver.layer)
     shared = receiver.port != "q" and graph.n_kv_heads < graph.n_heads

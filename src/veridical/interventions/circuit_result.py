@@ -106,15 +106,15 @@ class Circuit(Saved):
         if self.held_out_rows:
             shown = interval(line["held_out"], line["held_out_low"], line["held_out_high"])
         said = [
-            f"{len(self.edges)} of {facts['all_edges']} edges ({len(self.edges) / facts['all_edges']:.1%}) make "
-            f"{shown} of the difference in {facts['metric']} between clean ({self.clean.mean():.3f}) and "
-            f"corrupt ({self.corrupt.mean():.3f}), {on}.",
+            f"{len(self.edges)} of {facts['all_edges']} edges ({len(self.edges) / facts['all_edges']:.1%}) "
+            f"make {shown} of the difference in {facts['metric']} between clean ({self.clean.mean():.3f}) "
+            f"and corrupt ({self.corrupt.mean():.3f}), {on}.",
             f"Without them the rest of the model makes {number(self.without)} of it.",
         ]
         if len(self.random):
+            mean, low, high = (number(float(f(self.random))) for f in (np.mean, np.min, np.max))
             said.append(
-                f"{len(self.random)} random circuits of as many edges make {number(float(self.random.mean()))} "
-                f"({number(float(self.random.min()))} to {number(float(self.random.max()))})."
+                f"{len(self.random)} random circuits of as many edges make {mean} of it ({low} to {high})."
             )
             if self.faithfulness <= self.random.max():
                 said.append("The circuit does no better than the best random one: it explains nothing.")
@@ -124,7 +124,9 @@ class Circuit(Saved):
                 "than others."
             )
         if not self.held_out_rows:
-            said.append("There were too few rows to hold some out, so its faithfulness elsewhere is not known.")
+            said.append(
+                "There were too few rows to hold some out, so its faithfulness elsewhere is not known."
+            )
         return said
 
     def figure(self) -> go.Figure:

@@ -12,7 +12,8 @@ from torch import Tensor
 from veridical.errors import InputError
 from veridical.interventions.contributions import sender_site
 from veridical.interventions.graph import Edge, Graph, Node
-from veridical.interventions.rewire import Rewiring, Variant
+from veridical.interventions.rewire import Rewiring
+from veridical.interventions.rewired_pass import Variant
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def patch(
     for name, number in (("batch_tokens", batch_tokens), ("bootstrap", bootstrap)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"{name} is {number!r}; expected a whole number from 1 on")
-    _warn_of_training(model)
+    warn_of_training(model)
     inputs = Inputs.of(model, clean, corrupt, align)
     judge = as_metric(metric, model, answers, wrong, None, keep, inputs)
     judge.check(len(inputs))
@@ -294,7 +294,8 @@ def _text(inputs: Inputs, columns: Tensor) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def _warn_of_training(model: HookedModel) -> None:
+def warn_of_training(model: HookedModel) -> None:
+    """Warns of dropout that makes every run another."""
     active = any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.model.modules())
     if active:
         warnings.warn(

@@ -66,7 +66,8 @@ class PatchedPaths(Saved):
     ) -> PatchedPaths:
         """The result for `items`, each a set of edges or of paths."""
         ends = [
-            {(part.sender if isinstance(part, Edge) else part.nodes[0]).name for part in item} for item in items
+            {(part.sender if isinstance(part, Edge) else part.nodes[0]).name for part in item}
+            for item in items
         ]
         last = [{part.receiver.name for part in item} for item in items]
         return cls(
@@ -107,6 +108,11 @@ class PatchedPaths(Saved):
         """
         return pd.DataFrame(self._lines).drop(columns=[] if self.what == "edges" else ["sender", "receiver"])
 
+    def strongest(self, most: int) -> pd.DataFrame:
+        """The lines of at most so many edges or paths, the largest effect of either sign first."""
+        order = np.argsort(-np.abs(self.effects.mean(1)), kind="stable")[:most]
+        return self.to_frame().iloc[order].reset_index(drop=True)
+
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
         other = self.clean if self.direction == "denoising" else self.corrupt
@@ -141,7 +147,9 @@ class PatchedPaths(Saved):
         ]
         for line in sorted(self._lines, key=lambda line: -abs(line["effect"]))[:3]:
             name = line[self.what.removesuffix("s")]
-            shown = interval(line["share"], line["share_low"], line["share_high"]) if len(self.weights) else ""
+            shown = (
+                interval(line["share"], line["share_low"], line["share_high"]) if len(self.weights) else ""
+            )
             said.append(
                 f"Patching {_cut(name)} changes it by {line['effect']:+.3f}, "
                 f"{shown or number(line['share'])} of all."
@@ -151,7 +159,7 @@ class PatchedPaths(Saved):
         return said
 
     def figure(self) -> go.Figure:
-        """Share of the whole effect: bars with intervals, or for many edges a grid of senders by receivers."""
+        """Share of the whole effect: bars with intervals, or for many edges a grid, senders by receivers."""
         from veridical.interventions.circuit_figures import bars, grid
 
         alone = all(self.senders) and all(self.receivers)
@@ -166,14 +174,13 @@ class PatchedPaths(Saved):
             f"{len(self.names)} {self.what} patched one by one, {into} ({self.direction}), on "
             f"{len(self.clean)} rows of {self.facts['model']}; positions: {self.facts['positions']}."
         )
-        frame = self.to_frame().round(4)
-        top = frame.reindex(frame["effect"].abs().sort_values(ascending=False, kind="stable").index).head(100)
+        top = self.strongest(100).round(4)
         strongest = max(self._lines, key=lambda line: abs(line["effect"]))
         return Section(
             title=f"{self.what.capitalize()} patched: {self.facts['metric']}",
             text="\n\n".join([*self.findings(), how]),
             figures=(self.figure(),),
-            tables=((f"The {len(top)} strongest of {len(frame)} {self.what}", top),),
+            tables=((f"The {len(top)} strongest of {len(self.names)} {self.what}", top),),
             headline=((f"share of the effect of {_cut(self.names[self._lines.index(strongest)])}",
                        number(strongest["share"])),),
         )  # fmt: skip

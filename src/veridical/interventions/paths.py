@@ -27,7 +27,8 @@ from veridical.interventions.between import Between, Direction
 from veridical.interventions.graph import Edge, Graph, Node
 from veridical.interventions.links import Path, Paths
 from veridical.interventions.patched_paths import PatchedPaths
-from veridical.interventions.rewire import Rewiring, Variant, layer_of
+from veridical.interventions.rewire import Rewiring
+from veridical.interventions.rewired_pass import Variant, layer_of
 from veridical.progress import bar
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def patch_paths(
     together: bool = False,
     direction: Direction = "denoising",
     positions: int | Sequence[int] | None = None,
+    keep: int | None = None,
     answers: Any = None,
     wrong: Any = None,
     align: Any = None,
@@ -79,7 +81,8 @@ def patch_paths(
         direction: "denoising" carries the clean run into the corrupt one, "noising" the corrupt into the
             clean.
         positions: Tokens at which an edge, or the first link of a path, is patched: numbers from the start
-            of each row's text, or from its end where negative; all when not given.
+            of each clean row's text, or from its end where negative; all when not given.
+        keep: How many last positions a metric function reads; all when not given.
         answers, wrong: Answers for metrics that need them; see `as_metric`.
         align: For rows of unequal token counts; see `Inputs`. What does not match is not patched.
         bootstrap: Resamples of rows (whole pairs, for `Pairs`) for the 95 % intervals.
@@ -98,8 +101,8 @@ def patch_paths(
     if (paths is not None) + (edges is not None) + (senders is not None or receivers is not None) != 1:
         raise InputError("give edges=, or senders= and/or receivers=, or paths=: one of the three")
     between = Between(
-        model, clean, corrupt, metric, direction=direction, positions=positions, answers=answers, wrong=wrong,
-        align=align, batch_tokens=batch_tokens,
+        model, clean, corrupt, metric, direction=direction, positions=positions, keep=keep, answers=answers,
+        wrong=wrong, align=align, batch_tokens=batch_tokens,
     )  # fmt: skip
     graph = between.graph
     if paths is not None:
@@ -254,10 +257,12 @@ def _warn(
             if between.metric.site is not None
             else "it reads other positions, and nothing carries the patched ones there"
         )
-        warnings.warn(f"the metric cannot depend on {shown} ({why}): the effect is exactly zero", stacklevel=3)
+        warnings.warn(
+            f"the metric cannot depend on {shown} ({why}): the effect is exactly zero", stacklevel=3
+        )
     if reach.any() and np.array_equal(values, np.repeat(base[None], len(items), axis=0)):
         warnings.warn(
-            "no patch changed the metric, to the last bit: at the patched positions the senders write the same "
-            "in both runs, or nothing that the metric reads comes of it",
+            "no patch changed the metric, to the last bit: at the patched positions the senders write the "
+            "same in both runs, or nothing that the metric reads comes of it",
             stacklevel=3,
         )

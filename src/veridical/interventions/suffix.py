@@ -155,7 +155,7 @@ class Engine:
         if count:
             stream.append(Site("resid_post", count - 1))
         wanted: list[Any] = [*stream, *read, *([self.site] if self.site else [])]
-        with _noted(self.blocks) as base.outputs, torch.no_grad():
+        with noted(self.blocks) as base.outputs, torch.no_grad():
             run = self.model.run(given, read=wanted)
         base.stream = [run[site] for site in stream]
         base.values = dict(run.values)
@@ -285,7 +285,7 @@ class _Joining:
         handles: list[Any] = []
         for layer, block in enumerate(blocks):
             if self.ends[layer + 1] == 0:
-                forwards[block] = _handing_on(base.outputs[layer])
+                forwards[block] = handing_on(base.outputs[layer])
         if cache is not None and self._reads_last_tokens() and blocks[-1] not in forwards:
             forwards[blocks[-1]] = _last_tokens(cache, len(blocks) - 1)
         try:
@@ -429,7 +429,7 @@ def _substituted(
 
         return hook
 
-    forwards = {block: _handing_on(outputs[layer]) for layer, block in enumerate(blocks) if layer not in own}
+    forwards = {block: handing_on(outputs[layer]) for layer, block in enumerate(blocks) if layer not in own}
     try:
         for layer, rows in own.items():
             handles.append(blocks[layer].register_forward_pre_hook(substitute(rows), with_kwargs=True))
@@ -441,7 +441,7 @@ def _substituted(
 
 
 @contextlib.contextmanager
-def _noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+def noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Notes what each block returns."""
     outputs: list[Any] = [None] * len(blocks)
     handles: list[Any] = []
@@ -461,7 +461,7 @@ def _noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
             handle.remove()
 
 
-def _handing_on(output: Any) -> Callable[..., Any]:
+def handing_on(output: Any) -> Callable[..., Any]:
     """A forward that hands its main input on, in the form in which the block gave `output`."""
 
     def forward(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
