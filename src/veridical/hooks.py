@@ -303,11 +303,7 @@ def main_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def replaced(values: Any, key: Any, edited: Tensor) -> Any:
-<<<<<<< HEAD
     """`values` (a tuple, list or mapping) with `edited` at `key`."""
-=======
-    """A tuple, list or mapping with one item replaced."""
->>>>>>> s4-a
     if isinstance(values, Mapping):
         return type(values)({**values, key: edited})  # type: ignore[call-arg]
     items = [edited if index == key else value for index, value in enumerate(values)]

@@ -1,13 +1,7 @@
 """Interventions: what a model's activations do to its outputs, found by changing them.
 
-`metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
-texts of unequal length.
-
 `ablate` takes sites, heads, neurons, SAE features or directions out, over the `means` of a data set, tokens
 that `drawing` picks, or nothing (`replacing`); `spots` says at which tokens, `units` which heads.
-
-`graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
-has what each part adds.
 
 `lenses` reads the residual stream of every layer as next-token distributions (`lens_reading`) through the
 model's own norm and head (`readout`), `tuned` after a trained map, and `direct` splits a logit into what each
@@ -23,10 +17,6 @@ texts of unequal length. `patch` sweeps activation patches over sites, layers, p
 has what each part adds. `attribute` scores parts by `gradients` between two `runs`: linearly, along a path
 (`integrated`), or edge by edge (`edges`); `attribution` is what it found.
 
-`patch` sweeps activation patches over sites, layers, positions and heads (`places`): `sweep` says which
-runs that needs, `suffix` makes them, running only what lies above and behind a patch (`prefix` holds the
-key/value caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
-
 `patch_paths` in `paths` patches edges and paths (`links`) exactly, over the runs that `between` sets up and
 `rewire` makes (`rewired_pass`); `patched_paths` is the result. `find_circuit` in `circuit` keeps the edges
 that explain a metric and checks them; `connected` says which edges lead somewhere, `circuit_result` is the
@@ -40,7 +30,7 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
-    from veridical.interventions.ablate import Ablation, ablate
+    from veridical.interventions.ablation import Ablation, ablate
     from veridical.interventions.attributing import attribute
     from veridical.interventions.attribution import Attribution
     from veridical.interventions.circuit import find_circuit
@@ -60,7 +50,7 @@ if TYPE_CHECKING:
     from veridical.interventions.tuned_result import TunedLens
 
 _HOME = {
-    "Ablation": "ablate",
+    "Ablation": "ablation",
     "Attribution": "attribution",
     "Circuit": "circuit_result",
     "DirectLogits": "direct",
@@ -75,7 +65,7 @@ _HOME = {
     "PatchedPaths": "patched_paths",
     "ProbeMetric": "metrics",
     "TunedLens": "tuned_result",
-    "ablate": "ablate",
+    "ablate": "ablation",
     "as_metric": "metrics",
     "attribute": "attributing",
     "direct_logits": "direct",
