@@ -8,7 +8,7 @@ model's own norm and head (`readout`), `tuned` after a trained map, and `direct`
 part of the model adds to it.
 
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
-texts of unequal length. `patch` sweeps activation patches over sites, layers, positions and heads (`places`):
+texts of unequal length. `patch` (in `patching`) sweeps activation patches over sites, layers, positions and heads (`places`):
 `sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
 (`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
 `heat_maps` draws it.
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from veridical.interventions.lenses import logit_lens
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
-    from veridical.interventions.patch import patch
+    from veridical.interventions.patching import patch
     from veridical.interventions.patched import Patched
     from veridical.interventions.patched_paths import PatchedPaths
     from veridical.interventions.paths import patch_paths
@@ -72,7 +72,7 @@ _HOME = {
     "find_circuit": "circuit",
     "logit_lens": "lenses",
     "mean_activations": "means",
-    "patch": "patch",
+    "patch": "patching",
     "patch_paths": "paths",
     "tuned_lens": "tuned",
 }

@@ -13,7 +13,7 @@ from veridical.errors import InputError
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
-from veridical.interventions.patch import warn_of_training
+from veridical.interventions.patching import warn_of_training
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
