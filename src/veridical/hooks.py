@@ -191,6 +191,28 @@ def attached(reads: Reads, writes: Writes, *, stop: bool = False, once: bool = F
             handle.remove()
 
 
+@contextlib.contextmanager
+def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards for some modules while the context lasts; hooks on them, ours or a user's, still run.
+
+    Args:
+        forwards: For each module a function of (its own forward, args, kwargs) that stands in for it.
+    """
+    before: list[tuple[nn.Module, Any]] = []
+    try:
+        for module, act in forwards.items():
+            before.append((module, module.__dict__.get("forward")))
+            own = module.forward
+            module.__dict__["forward"] = lambda *args, own=own, act=act, **kwargs: act(own, args, kwargs)
+        yield
+    finally:
+        for module, forward in reversed(before):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
 def missed(run: Run, reads: Sequence[Site]) -> None:
     """Refuses a run in which a site was not reached.
 
@@ -222,20 +244,20 @@ def _attach(place: Place, tap: Tap, shapes: Mapping[nn.Module, torch.Size]) -> A
             raise ModelError(f"the output of {type(module).__name__} holds no tensor; read another module")
         key, tensor = found
         edited = _visit(place, tap, tensor, shapes)
-        return None if edited is None else _replaced(output, key, edited)
+        return None if edited is None else replaced(output, key, edited)
 
     return place.module.register_forward_hook(hook)
 
 
 def _attach_input(place: Place, tap: Tap, shapes: Mapping[nn.Module, torch.Size]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key, tensor = _main_input(module, args, kwargs)
+        key, tensor = main_input(module, args, kwargs)
         edited = _visit(place, tap, tensor, shapes)
         if edited is None:
             return None
         if isinstance(key, str):
             return args, {**kwargs, key: edited}
-        return _replaced(args, key, edited), kwargs
+        return replaced(args, key, edited), kwargs
 
     return place.module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -264,12 +286,13 @@ def _visit(place: Place, tap: Tap, tensor: Tensor, shapes: Mapping[nn.Module, to
 
 def _note_shape(block: nn.Module, shapes: dict[nn.Module, torch.Size]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shapes[block] = _main_input(module, args, kwargs)[1].shape[:2]
+        shapes[block] = main_input(module, args, kwargs)[1].shape[:2]
 
     return block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor]:
+def main_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+    """The tensor that a module works on, and its place: a number among `args`, or a name in `kwargs`."""
     found = first_tensor(args)
     if found is None and isinstance(kwargs.get("hidden_states"), Tensor):
         found = "hidden_states", kwargs["hidden_states"]
@@ -279,7 +302,8 @@ def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return found
 
 
-def _replaced(values: Any, key: Any, edited: Tensor) -> Any:
+def replaced(values: Any, key: Any, edited: Tensor) -> Any:
+    """`values` (a tuple, list or mapping) with `edited` at `key`."""
     if isinstance(values, Mapping):
         return type(values)({**values, key: edited})  # type: ignore[call-arg]
     items = [edited if index == key else value for index, value in enumerate(values)]

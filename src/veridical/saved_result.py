@@ -31,14 +31,21 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
+    "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
+    "Circuit": "interventions.circuit_result",
+    "DirectLogits": "interventions.direct",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",
     "Judged": "probes.judged",
     "LearningCurve": "probes.learning",
+    "LensReading": "interventions.lens_reading",
     "ModelTransfer": "probes.model_transfer",
+    "Patched": "interventions.patched",
+    "PatchedPaths": "interventions.patched_paths",
     "TransferMatrix": "probes.transfer",
+    "TunedLens": "interventions.tuned_result",
 }
 """Class of each result that is saved so, and its module of `veridical`."""
 VALUES = {"Edited": "probes.causal_result", "Estimate": "probes.evaluate"}

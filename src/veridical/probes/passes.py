@@ -33,6 +33,7 @@ class Pass:
         past: Tokens of each row before this pass, padding included (held in the key/value cache).
         shape: Rows and tokens of this pass.
         first: Whether it begins a call: a prompt, not what was generated after it.
+        cached: Whether it fills a key/value cache, so that further tokens of the same texts may follow.
     """
 
     ids: Tensor | None
@@ -40,6 +41,7 @@ class Pass:
     past: int
     shape: tuple[int, int]
     first: bool
+    cached: bool = False
 
     @property
     def real(self) -> Tensor | None:
@@ -88,11 +90,12 @@ class Passes:
         """The hook: notes a pass from the model's arguments."""
         ids, shape = _tokens(args, kwargs)
         mask = _mask(kwargs.get("attention_mask"))
-        past = _past(kwargs.get("past_key_values"), mask, shape[1])
+        cache = kwargs.get("past_key_values")
+        past = _past(cache, mask, shape[1])
         before = self.current
         follows = before is not None and 0 < past <= before.past + before.shape[1]
         first = not follows or (before is not None and before.shape[0] != shape[0])
-        self.current = Pass(ids, mask, past, shape, first)
+        self.current = Pass(ids, mask, past, shape, first, cache is not None or bool(kwargs.get("use_cache")))
 
 
 @contextlib.contextmanager

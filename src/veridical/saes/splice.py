@@ -81,14 +81,8 @@ def clamp(
     Raises:
         InputError: As for `spliced`, or a feature that the SAE does not have.
     """
-    sae = unscaled(sae)
     numbers, wanted = _features(sae, features)
-
-    def edit(x: Tensor, y: Tensor) -> Tensor:
-        found = sae.encode(cast(sae, x))[..., numbers]
-        change = (wanted.to(found) - found) @ sae.W_dec[numbers].to(found) * _units(sae, x)
-        return y + change.to(y)
-
+    edit = on_latents(sae, numbers, lambda found: wanted.to(found).expand_as(found))
     return _edited(model, sae, edit, site)
 
 
@@ -98,6 +92,25 @@ def ablate(
     """A context in which `features` contribute nothing; see `clamp`."""
     listed = [features] if isinstance(features, int) else list(features)
     return clamp(model, sae, dict.fromkeys(listed, 0.0), site=site)
+
+
+def on_latents(sae: SAE, numbers: Sequence[int], act: Callable[[Tensor], Tensor]) -> Edit:
+    """The edit that puts `act(latents)` in place of the latents of some features.
+
+    Args:
+        sae: An SAE or transcoder.
+        numbers: The features.
+        act: From their activations in raw units `[..., features]` to new ones of the same shape; where both
+            are equal the value keeps its bits.
+    """
+    raw, picked = unscaled(sae), list(numbers)
+
+    def edit(x: Tensor, y: Tensor) -> Tensor:
+        found = raw.encode(cast(raw, x))[..., picked]
+        change = (act(found) - found) @ raw.W_dec[picked].to(found) * _units(raw, x)
+        return y + change.to(y)
+
+    return edit
 
 
 def reconstruct(sae: SAE) -> Edit:

@@ -1,0 +1,134 @@
+"""Heat maps of a sweep: layer by position with the tokens on the axis, or layer by head; one for each kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from veridical.errors import unknown
+from veridical.reporting import figures
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from veridical.interventions.patched import Patched
+
+CELL = 22
+"""Pixels of a line of cells."""
+LONGEST = 14
+"""Characters of a token that the axis shows."""
+
+
+def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
+    """One map for each kind of site, with one colour scale around 0; see `Patched.figure`."""
+    from plotly.subplots import make_subplots
+
+    if what not in ("effect", "recovered"):
+        raise unknown("quantity", what, ("effect", "recovered"))
+    frame = result.to_frame()
+    parts = [(kind, part) for kind, part in frame.groupby("kind", sort=False)]
+    maps = [_Map(part, str(kind), what) for kind, part in parts]
+    heights = [max(3, len(each.rows)) for each in maps]
+    figure = make_subplots(
+        rows=len(maps),
+        cols=1,
+        row_heights=heights,
+        subplot_titles=[each.title for each in maps] if len(maps) > 1 else None,
+        vertical_spacing=min(0.12, 0.6 / len(maps)),
+    )
+    bound = float(np.nanmax(np.abs(frame[what]))) if frame[what].notna().any() else 0.0
+    unit = "" if what == "recovered" else str(result.facts["unit"])
+    for number, each in enumerate(maps, start=1):
+        figure.add_trace(each.trace(unit), row=number, col=1)
+        figure.update_xaxes(title_text=each.x, row=number, col=1, tickangle=-45, showgrid=False)
+        figure.update_yaxes(title_text=each.y, row=number, col=1, showgrid=False, type="category")
+    figure.update_xaxes(type="category")
+    title = f"What patching does to {figures.plain(result.facts['metric'], 40)} ({result.facts['direction']})"
+    name = "fraction recovered" if what == "recovered" else f"effect{f' ({unit})' if unit else ''}"
+    figure.update_layout(
+        coloraxis={
+            "colorscale": [list(stop) for stop in figures.DIVERGING],
+            "cmin": -bound or -1.0,
+            "cmax": bound or 1.0,
+            "colorbar": {"title": {"text": figures.plain(name), "side": "right"}, "thickness": 12},
+        }
+    )
+    height = 130 * len(maps) + CELL * sum(heights)
+    return figures.style(figure, title, height=height, legend=False).update_layout(hovermode="closest")
+
+
+class _Map:
+    """The lines of one kind, laid out by layer (and head) and position, or by layer and head."""
+
+    def __init__(self, part: pd.DataFrame, kind: str, what: str) -> None:
+        places = list(dict.fromkeys(part["position"]))
+        many_heads = part["head"].nunique() > 1
+        grid = many_heads and len(places) == 1
+        self.title, self.what = kind, what
+        self.x = "head" if grid else "position"
+        self.y = "layer, head" if many_heads and not grid else "layer"
+        texts = dict(zip(part["position"], part["token"]))
+        if grid:
+            across = part["head"].to_numpy()
+            labels = {head: str(head) for head in across}
+        else:
+            across = part["position"].to_numpy()
+            labels = {place: _label(place, texts[place]) for place in places}
+        down = [
+            (layer, -1 if grid else head)
+            for layer, head in zip(part["layer"].tolist(), part["head"].tolist())
+        ]
+        self.columns = list(dict.fromkeys(across.tolist()))
+        self.rows = list(dict.fromkeys(down))
+        self.x_labels = [labels[name] for name in self.columns]
+        self.y_labels = [_row_label(layer, head, kind) for layer, head in self.rows]
+        at = (
+            [self.rows.index(row) for row in down],
+            [self.columns.index(name) for name in across.tolist()],
+        )
+        self.values = np.full((len(self.rows), len(self.columns)), np.nan)
+        self.values[at] = part[what].to_numpy()
+        self.said = np.full(self.values.shape, "", dtype=object)
+        self.said[at] = [_hover(line, what) for line in part.to_dict("records")]
+
+    def trace(self, unit: str) -> Any:
+        """The heat map; cells without a value stay empty."""
+        import plotly.graph_objects as go
+
+        return go.Heatmap(
+            z=self.values.tolist(),
+            x=self.x_labels,
+            y=self.y_labels,
+            customdata=self.said.tolist(),
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+
+
+def _label(place: str, token: str) -> str:
+    return (
+        f"{figures.plain(token, LONGEST)} · {figures.plain(place, 24)}" if token else figures.plain(place, 24)
+    )
+
+
+def _row_label(layer: int, head: int, kind: str) -> str:
+    name = kind if layer < 0 else str(layer)
+    return name if head < 0 else f"{name}.{head}"
+
+
+def _hover(line: dict[Any, Any], what: str) -> str:
+    name = figures.plain(line["site"]) if line["layer"] < 0 else f"{line['kind']}.{line['layer']}"
+    head = "" if line["head"] < 0 else f", head {line['head']}"
+    token = f" {figures.plain(repr(line['token']), 40)}" if line["token"] else ""
+    spread = ""
+    if np.isfinite(line[f"{what}_low"]):
+        spread = f"<br>95 % interval {line[f'{what}_low']:.3g} to {line[f'{what}_high']:.3g}"
+    return (
+        f"{name}{head}, position {figures.plain(line['position'])}{token}<br>effect {line['effect']:+.4g}, "
+        f"recovered {line['recovered']:.1%}{spread}<br>{line['examples']} examples"
+    )

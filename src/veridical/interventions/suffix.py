@@ -1,0 +1,558 @@
+"""Many patched runs of a model at the price of the part above each patch.
+
+A patch at block L leaves everything below as it was, and in a causal model everything at earlier positions
+too. So the base is run once, keeping the residual stream at every block and each layer's keys and values.
+Patched rows then go through the model's own forward together:
+
+- Rows are sorted by the block at which they enter. While the forward goes up the blocks, a row joins the
+  batch at its own block, with the base's stream and its patch in place; blocks that no row has reached yet
+  hand their input on. Embeddings, masks, the final norm and the head are the model's, and so is every block.
+- A run for patches at positions from p on takes the tokens from p on, behind the base's keys and values of
+  the earlier ones (a cache of the base's, whole in every layer, so that a sliding window is the mask's
+  business as in an uncached run). `bands` decides which patches share a p.
+- What changes one position only until its block ends (a head's output or query, what attention or MLP adds,
+  neurons) is first put through that block for all positions at once, `local`; each result is then a row that
+  enters at the next block.
+- In the last block only the tokens whose logits are read are run past their keys and values.
+
+Each of these steps leaves out only what cannot change, so the outcome is that of one hooked run for each
+patch, up to the rounding of sums taken in another order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from veridical.errors import ModelError
+from veridical.hooks import first_tensor, main_input, overridden, replaced
+from veridical.interventions.prefix import Filled, filling, prefix_cache, recording_cache
+from veridical.sites import Site
+
+if TYPE_CHECKING:
+    from veridical.hooked import HookedModel
+
+INPUT = -1
+"""Entry of rows that start at the model's input."""
+
+
+@dataclass(frozen=True)
+class Put:
+    """New values of one site in some rows of a task.
+
+    Attributes:
+        site: Where; None for the residual stream at the task's entry.
+        rows: `[m]`, row within the task.
+        columns: `[m]`, column of the batch (for a pattern, the query).
+        values: `[m, ...]`, the values there.
+        head: One head; None for all of the site.
+    """
+
+    site: Site | None
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One patch, over its examples.
+
+    Attributes:
+        key: What the caller knows it by.
+        entry: Block at which its rows join; `INPUT`, or the number of blocks for behind the last.
+        first: First column that it changes.
+        examples: `[rows]`, example of each row.
+        puts: What is put where.
+    """
+
+    key: int
+    entry: int
+    first: int
+    examples: Tensor
+    puts: tuple[Put, ...]
+
+
+@dataclass
+class Base:
+    """The run that is patched, and all that patched runs take from it.
+
+    Attributes:
+        inputs: Keyword arguments of the forward.
+        mask: `[batch, pos]` bool, real positions.
+        stream: What enters each block, and what the last hands on, `[batch, pos, d]` each.
+        values: Sites that were read besides, by canonical name.
+        logits: At the last positions that are kept; None if the model gives none.
+        outputs: What each block returned, for its form.
+        cache: Keys and values of every layer, each `[batch, groups, pos, d_head]`; None if they are not had.
+    """
+
+    inputs: dict[str, Tensor]
+    mask: Tensor
+    stream: list[Tensor] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    outputs: list[Any] = field(default_factory=list)
+    cache: list[tuple[Tensor, Tensor]] | None = None
+
+
+class Engine:
+    """Patched runs over one base.
+
+    Args:
+        model: The model.
+        inputs: Keyword arguments of its forward, padded on the left.
+        mask: `[batch, pos]` bool, real positions.
+        keep: How many last positions' logits are wanted; None for all.
+        site: Read this site at the last token instead of logits.
+        read: Further sites of the base to keep.
+        plain: Reuse no prefix and share no forward between patches, for a model that carries hooks of the
+            user's, which may tell rows and positions apart.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        inputs: Mapping[str, Tensor],
+        mask: Tensor,
+        *,
+        keep: int | None = None,
+        site: str | None = None,
+        read: Sequence[str] = (),
+        plain: bool = False,
+    ) -> None:
+        self.model, self.keep, self.site, self.plain = model, keep, site, plain
+        self.blocks = model.architecture.blocks if model.architecture.places else ()
+        self.base = self._run_base(dict(inputs), mask, list(read))
+
+    @property
+    def rows(self) -> int:
+        """Examples of the base."""
+        return len(self.base.mask)
+
+    @cached_property
+    def reuses_prefix(self) -> bool:
+        """Whether positions before a patch are taken from the base."""
+        return self.base.cache is not None and not self.plain
+
+    # The base
+
+    def _run_base(self, inputs: dict[str, Tensor], mask: Tensor, read: list[str]) -> Base:
+        base = Base(inputs, mask)
+        given = self._given(base, None, 0)
+        cache = None if self.plain else recording_cache(self.model)
+        if cache is not None:
+            given |= {"past_key_values": cache, "use_cache": True}
+        count = len(self.blocks)
+        stream = [Site("resid_pre", layer) for layer in range(count)]
+        if count:
+            stream.append(Site("resid_post", count - 1))
+        wanted: list[Any] = [*stream, *read, *([self.site] if self.site else [])]
+        with noted(self.blocks) as base.outputs, torch.no_grad():
+            run = self.model.run(given, read=wanted)
+        base.stream = [run[site] for site in stream]
+        base.values = dict(run.values)
+        base.logits = self._kept(_logits(run.output))
+        if cache is not None:
+            base.cache = _whole(cache, count, mask.shape[1])
+        return base
+
+    def of_base(self) -> Tensor:
+        """What a metric reads of the base: logits `[batch, kept, vocabulary]`, or activations."""
+        return self._outcome(self.base.logits, self.base.values.get(self.site or ""))
+
+    def _outcome(self, logits: Tensor | None, value: Tensor | None) -> Tensor:
+        if self.site is not None:
+            assert value is not None
+            return value[:, -1].flatten(1)
+        if logits is None:
+            raise ModelError(f"{self.model.path} gives no logits; it has no head for a metric to read")
+        return logits
+
+    def _kept(self, logits: Tensor | None) -> Tensor | None:
+        return logits if logits is None or logits.dim() == 2 or self.keep is None else logits[:, -self.keep :]
+
+    def _given(self, base: Base, examples: Tensor | None, start: int) -> dict[str, Any]:
+        """Inputs of some examples from column `start` on."""
+        given: dict[str, Any] = {}
+        for name, value in base.inputs.items():
+            rows = value if examples is None else value[examples.to(value.device)]
+            whole = name == "attention_mask" or rows.dim() != 2
+            given[name] = rows if whole else rows[:, start:]
+        real = base.mask if examples is None else base.mask[examples.to(base.mask.device)]
+        if "attention_mask" in given and bool(real.all()):
+            # Without padding the models' own defaults are the same, and faster.
+            del given["attention_mask"]
+            given.pop("position_ids", None)
+        if self.keep is not None and self.site is None and "logits_to_keep" in self.model.forward_parameters:
+            given["logits_to_keep"] = self.keep
+        return given
+
+    # Patched rows
+
+    def run(self, tasks: Sequence[Task], start: int = 0) -> Tensor:
+        """What a metric reads of every row of `tasks`, in their order.
+
+        Args:
+            tasks: Patches sorted by entry; none changes anything before column `start`.
+            start: First column that is run.
+        """
+        base, device = self.base, self.base.mask.device
+        examples = torch.cat([task.examples for task in tasks]).to(device)
+        total, count = len(examples), len(self.blocks)
+        entries = torch.tensor([task.entry for task in tasks for _ in range(len(task.examples))])
+        ends = [int((entries <= layer).sum()) for layer in range(INPUT, count + 1)]  # ends[l + 1] is up to l
+        given = self._given(base, examples, start)
+        if self.reuses_prefix:
+            assert base.cache is not None
+            counts = [max(1, ends[layer + 1]) for layer in range(count)]
+            given |= {"past_key_values": prefix_cache(base.cache, examples, counts, start), "use_cache": True}
+        joining = _Joining(self, tasks, examples, ends, start)
+        read: Any = {} if self.site is None else {self.site: lambda value: value}
+        with torch.no_grad(), joining.attached(total, given.get("past_key_values")):
+            run = self.model.run(given, read=read, write=_writes(tasks, start), stop=bool(read))
+        if self.site is not None:
+            return self._outcome(None, run[self.site])
+        found = self._kept(_logits(run.output))
+        if start and self.keep is None and found is not None and found.dim() == 3:
+            assert base.logits is not None
+            found = torch.cat([base.logits[examples.to(found.device), :start], found], dim=1)
+        return self._outcome(found, None)
+
+    def local(self, variants: Sequence[Variant]) -> list[Tensor]:
+        """What each variant makes its block hand on, `[batch, pos, d]`: one forward for all of them.
+
+        Each position of a variant's outcome is that of the patch at this position alone, since what its site
+        changes stays at its position until the block ends.
+        """
+        layers: dict[int, list[int]] = {}
+        for number, variant in enumerate(variants):
+            assert variant.site.layer is not None
+            layers.setdefault(variant.site.layer, []).append(number)
+        base = self.base
+        most = max(map(len, layers.values()))
+        examples = torch.arange(self.rows, device=base.mask.device).repeat(most)
+        own = {layer: base.stream[layer].repeat(len(found), 1, 1) for layer, found in layers.items()}
+        reads = [Site("resid_post", layer) for layer in layers]
+        with torch.no_grad(), _substituted(self.blocks, base.outputs, own, len(examples)):
+            given = self._given(base, examples, 0)
+            run = self.model.run(given, read=reads, write=_variant_writes(variants, layers), stop=True)
+        found: list[Any] = [None] * len(variants)
+        for layer, numbers in layers.items():
+            parts = run[Site("resid_post", layer)].unflatten(0, (len(numbers), self.rows))
+            for number, part in zip(numbers, parts):
+                found[number] = part
+        return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A site with other values at all positions where there are any.
+
+    Attributes:
+        site: Of a kind whose effect stays at its position until its block ends.
+        head: One head; None for all of the site.
+        where: `[batch, pos]` bool.
+        values: Of the whole site, as it is read: `[batch, pos, ...]`, of a pattern `[batch, head, pos, pos]`.
+    """
+
+    site: Site
+    head: int | None
+    where: Tensor
+    values: Tensor
+
+
+class _Joining:
+    """Lets rows join the batch at their own block."""
+
+    def __init__(
+        self, engine: Engine, tasks: Sequence[Task], examples: Tensor, ends: list[int], start: int
+    ) -> None:
+        self.engine, self.tasks, self.examples, self.ends, self.start = engine, tasks, examples, ends, start
+
+    @contextlib.contextmanager
+    def attached(self, total: int, cache: Any) -> Iterator[None]:
+        """Hooks and overrides for one forward of `total` rows; all undone at its end."""
+        blocks, base = self.engine.blocks, self.engine.base
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        handles: list[Any] = []
+        for layer, block in enumerate(blocks):
+            if self.ends[layer + 1] == 0:
+                forwards[block] = handing_on(base.outputs[layer])
+        if cache is not None and self._reads_last_tokens() and blocks[-1] not in forwards:
+            forwards[blocks[-1]] = _last_tokens(cache, len(blocks) - 1)
+        try:
+            for layer, block in enumerate(blocks):
+                if self.ends[layer + 1]:
+                    hook = self._join(layer, total)
+                    handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            if blocks and self.ends[-1] > self.ends[-2]:
+                handles.append(blocks[-1].register_forward_hook(self._append))
+            with overridden(forwards):
+                yield
+        finally:
+            for handle in reversed(handles):
+                handle.remove()
+
+    def _reads_last_tokens(self) -> bool:
+        """Whether the last block is needed for the last token only."""
+        engine, last = self.engine, len(self.engine.blocks) - 1
+        outside = ("embed", "ln_final")
+        inside = any(
+            put.site is not None and put.site.kind not in outside and put.site.layer in (None, last)
+            for task in self.tasks
+            for put in task.puts
+        )
+        # Other implementations tell which keys a token sees by other means than a mask by query.
+        config = engine.model.architecture.config
+        masked = getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        return engine.keep == 1 and engine.site is None and masked and not inside
+
+    def _join(self, layer: int, total: int) -> Callable[..., Any]:
+        before, now = self.ends[layer], self.ends[layer + 1]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            key, hidden = main_input(module, args, kwargs)
+            args, kwargs = _sliced((args, kwargs), total, now)
+            parts = [hidden[:before]] if before else []
+            if now > before:
+                parts.append(self._entering(layer, before, now).to(hidden.device))
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return _with_input(args, kwargs, key, joined)
+
+        return hook
+
+    def _append(self, module: nn.Module, args: Any, output: Any) -> Any:
+        before, now = self.ends[-2], self.ends[-1]
+        new = self._entering(len(self.engine.blocks), before, now)
+        return _with_output(output, lambda hidden: torch.cat([hidden[:before], new.to(hidden.device)]))
+
+    def _entering(self, layer: int, before: int, now: int) -> Tensor:
+        """The base's stream for the rows that join at `layer`, with their patches in it."""
+        stream = self.engine.base.stream[layer]
+        rows = stream[self.examples[before:now].to(stream.device)]
+        rows = rows[:, self.start :].clone()
+        first = 0
+        for task in self.tasks:
+            if task.entry != layer:
+                continue
+            for put in task.puts:
+                if put.site is None:
+                    rows[put.rows + first, put.columns - self.start] = put.values.to(rows)
+            first += len(task.examples)
+        return rows
+
+
+def _writes(tasks: Sequence[Task], start: int) -> dict[Site, Callable[[Tensor], Tensor]]:
+    """Edits of the sites that are patched where they are, each in its own rows."""
+    found: dict[Site, list[tuple[int, Put]]] = {}
+    first = 0
+    for task in tasks:
+        for put in task.puts:
+            if put.site is not None:
+                found.setdefault(put.site, []).append((first, put))
+        first += len(task.examples)
+
+    def editing(site: Site, puts: list[tuple[int, Put]]) -> Callable[[Tensor], Tensor]:
+        def edit(value: Tensor) -> Tensor:
+            for offset, put in puts:
+                rows, columns = put.rows + offset, put.columns - start
+                write(value, site, rows, columns, put.head, put.values)
+            return value
+
+        return edit
+
+    return {site: editing(site, puts) for site, puts in found.items()}
+
+
+def write(value: Tensor, site: Site, rows: Tensor, columns: Tensor, head: int | None, values: Tensor) -> None:
+    """Puts `values` into a site's value, in place."""
+    values = values.to(value)
+    if site.kind == "pattern":
+        if head is None:
+            value[rows, :, columns] = values
+        else:
+            value[rows, head, columns] = values
+    elif head is None:
+        value[rows, columns] = values
+    else:
+        value[rows, columns, head] = values
+
+
+def read(values: Tensor, site: Site, rows: Tensor, columns: Tensor, head: int | None) -> Tensor:
+    """The values of a site at some rows and columns, `[m, ...]`, as `write` takes them."""
+    if site.kind == "pattern":
+        return values[rows, :, columns] if head is None else values[rows, head, columns]
+    return values[rows, columns] if head is None else values[rows, columns, head]
+
+
+def _variant_writes(
+    variants: Sequence[Variant], layers: Mapping[int, list[int]]
+) -> dict[Site, Callable[[Tensor], Tensor]]:
+    found: dict[Site, list[tuple[int, Variant]]] = {}
+    for numbers in layers.values():
+        for slot, number in enumerate(numbers):
+            found.setdefault(variants[number].site, []).append((slot, variants[number]))
+
+    def editing(site: Site, placed: list[tuple[int, Variant]]) -> Callable[[Tensor], Tensor]:
+        def edit(value: Tensor) -> Tensor:
+            for slot, variant in placed:
+                rows, columns = variant.where.nonzero(as_tuple=True)
+                new = read(variant.values, site, rows, columns, variant.head)
+                write(value, site, rows + slot * len(variant.where), columns, variant.head, new)
+            return value
+
+        return edit
+
+    return {site: editing(site, placed) for site, placed in found.items()}
+
+
+@contextlib.contextmanager
+def _substituted(
+    blocks: Sequence[nn.Module], outputs: Sequence[Any], own: Mapping[int, Tensor], total: int
+) -> Iterator[None]:
+    """Blocks in `own` run on these rows, whatever comes in; the others hand their input on."""
+    handles: list[Any] = []
+
+    def substitute(rows: Tensor) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            key, hidden = main_input(module, args, kwargs)
+            args, kwargs = _sliced((args, kwargs), total, len(rows))
+            return _with_input(args, kwargs, key, rows.to(hidden.device))
+
+        return hook
+
+    forwards = {block: handing_on(outputs[layer]) for layer, block in enumerate(blocks) if layer not in own}
+    try:
+        for layer, rows in own.items():
+            handles.append(blocks[layer].register_forward_pre_hook(substitute(rows), with_kwargs=True))
+        with overridden(forwards):
+            yield
+    finally:
+        for handle in reversed(handles):
+            handle.remove()
+
+
+@contextlib.contextmanager
+def noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Notes what each block returns."""
+    outputs: list[Any] = [None] * len(blocks)
+    handles: list[Any] = []
+
+    def noting(layer: int) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[layer] = output
+
+        return hook
+
+    try:
+        for layer, block in enumerate(blocks):
+            handles.append(block.register_forward_hook(noting(layer)))
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def handing_on(output: Any) -> Callable[..., Any]:
+    """A forward that hands its main input on, in the form in which the block gave `output`."""
+
+    def forward(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = main_input(_NO_MODULE, args, kwargs)[1]
+        return _with_output(output, lambda _: hidden)
+
+    return forward
+
+
+_NO_MODULE = nn.Identity()
+
+
+def _last_tokens(cache: Any, layer: int) -> Callable[..., Any]:
+    """A block's forward past its keys and values for its last token only.
+
+    It is called twice: with all tokens until its keys and values are there, then with the last one, which
+    sees them all. The other tokens come out as they went in; nothing reads them.
+    """
+
+    def forward(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key, hidden = main_input(_NO_MODULE, args, kwargs)
+        width = hidden.shape[1]
+        if width == 1:
+            return own(*args, **kwargs)
+        with filling(cache, layer) as held:
+            try:
+                own(*args, **kwargs)
+            except Filled:
+                pass
+            else:
+                raise ModelError("the last block did not reach its key/value cache")
+            held.filled = True
+            args, kwargs = _last_of((args, kwargs), width)
+            args, kwargs = _with_input(args, kwargs, key, hidden[:, -1:])
+            output = own(*args, **kwargs)
+        return _with_output(output, lambda new: torch.cat([hidden[:, :-1], new], dim=1))
+
+    return forward
+
+
+def _last_of(value: Any, width: int) -> Any:
+    """Nested arguments with the query dimension of every tensor, of `width`, cut to its last."""
+    if isinstance(value, Tensor):
+        if value.dim() == 4 and value.shape[2] == width:
+            return value[:, :, -1:]
+        if value.dim() in (2, 3) and value.shape[1] == width:
+            return value[:, -1:]
+        return value[-1:] if value.dim() == 1 and len(value) == width else value
+    return _mapped(value, lambda item: _last_of(item, width))
+
+
+def _sliced(value: Any, total: int, rows: int) -> Any:
+    """Nested arguments with every tensor of `total` rows cut to its first `rows`."""
+    if rows == total:
+        return value
+    if isinstance(value, Tensor):
+        return value[:rows] if value.dim() >= 2 and len(value) == total else value
+    return _mapped(value, lambda item: _sliced(item, total, rows))
+
+
+def _mapped(value: Any, act: Callable[[Any], Any]) -> Any:
+    """Items of a plain tuple, list or dict through `act`; anything else as it is."""
+    if type(value) in (tuple, list):
+        return type(value)(act(item) for item in value)
+    return {name: act(item) for name, item in value.items()} if type(value) is dict else value
+
+
+def _with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Any, hidden: Tensor) -> Any:
+    if isinstance(key, str):
+        return args, {**kwargs, key: hidden}
+    return replaced(args, key, hidden), dict(kwargs)
+
+
+def _with_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    found = first_tensor(output)
+    assert found is not None
+    return replaced(output, found[0], change(found[1]))
+
+
+def _logits(output: Any) -> Tensor | None:
+    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
+
+
+def _whole(cache: Any, layers: int, width: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of every layer, if there are `width` of each."""
+    found = [(layer.keys, layer.values) for layer in cache.layers]
+    whole = len(found) == layers and all(
+        isinstance(part, Tensor) and part.dim() == 4 and part.shape[2] == width
+        for pair in found
+        for part in pair
+    )
+    return found if whole else None

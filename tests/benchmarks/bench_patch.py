@@ -1,0 +1,228 @@
+"""Sweeps of activation patches, against TransformerLens's `patching.get_act_patch_*`.
+
+    python tests/benchmarks/bench_patch.py            # prints
+    python tests/benchmarks/bench_patch.py --write    # also updates results/patch.md and patch.json
+    python tests/benchmarks/bench_patch.py --cost     # what a call of a block costs, for `bands`
+
+A GPT-2 of 12 layers with random weights, and a `HookedTransformer` with the same weights. Both patch clean
+activations into a corrupt run of other tokens, the same at no position, one example, and judge by the
+logit difference at the last position. Ours is `vd.patch` as a user calls it, with both runs, the table and the
+metric; theirs is the patching function alone, its cache of clean activations made beforehand. The two take
+turns, the first of a turn alternating; a ratio is theirs over ours within a turn. Before anything is timed, both
+results are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+
+import veridical as vd
+from veridical.interventions import patch
+from veridical.provenance import versions
+
+RESULTS = Path(__file__).parent / "results"
+LAYERS, VOCABULARY = 12, 50257
+CASES: list[dict[str, Any]] = [
+    {"sites": "resid_pre.*", "heads": None, "width": 96, "positions": 16, "asked": 15, "turns": 5},
+    {"sites": "resid_pre.*", "heads": None, "width": 768, "positions": 16, "asked": 5, "turns": 3},
+    {"sites": "resid_pre.*", "heads": None, "width": 768, "positions": 64, "asked": 8, "turns": 1},
+    {"sites": "z.*", "heads": "all", "width": 96, "positions": 16, "asked": 8, "turns": 2},
+    {"sites": "z.*", "heads": "all", "width": 768, "positions": 16, "asked": 8, "turns": 1},
+]
+
+
+def main() -> None:
+    """Runs the cases and prints or writes them."""
+    options = read_options()
+    torch.set_num_threads(options.threads)
+    if options.cost:
+        print(cost())
+        return
+    chosen = [case for number, case in enumerate(CASES) if options.only in (None, number)]
+    lines = [measure(case, options) for case in chosen]
+    result = {
+        "device": platform.processor() or "cpu",
+        "threads": options.threads,
+        "lines": lines,
+        "versions": versions(),
+    }
+    print(table(result))
+    if options.write:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "patch.md").write_text(table(result))
+        (RESULTS / "patch.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="time ours only")
+    parser.add_argument("--only", type=int, help="number of one case")
+    parser.add_argument("--turns", type=int, help="turns of every case")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def measure(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of both over the turns, their ratio, and how far their results are apart."""
+    from transformer_lens import patching
+
+    plain, lens = pair(case["width"])
+    model = vd.load(plain, check=False)
+    count = case["positions"]
+    random = torch.Generator().manual_seed(1)
+    clean = torch.randint(5, VOCABULARY, (1, count), generator=random)
+    corrupt = torch.randint(5, VOCABULARY, (1, count), generator=random)
+    function = (
+        patching.get_act_patch_attn_head_out_by_pos if case["heads"] else patching.get_act_patch_resid_pre
+    )
+    with torch.no_grad():
+        _, cache = lens.run_with_cache(clean)
+    found: dict[str, Any] = {}
+
+    def ours() -> None:
+        found["ours"] = patch(
+            model,
+            clean,
+            corrupt,
+            sites=case["sites"],
+            heads=case["heads"],
+            answers=10,
+            wrong=20,
+            progress=False,
+        )
+
+    def theirs() -> None:
+        with torch.no_grad():
+            found["theirs"] = function(
+                lens, corrupt, cache, lambda logits: logits[0, -1, 10] - logits[0, -1, 20]
+            )
+
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    turns = options.turns or case["turns"]
+    ours()
+    for turn in range(turns):
+        order = (("ours", ours), ("theirs", theirs))
+        for name, act in order if turn % 2 else order[::-1]:
+            if name == "ours" or not options.ours:
+                times[name].append(timed(act))
+    if options.ours:
+        return {**case, "ours_s": round(statistics.median(times["ours"]), 3)}
+    apart = difference(found["ours"], found["theirs"], bool(case["heads"]), count)
+    assert apart < 1e-4, f"results are {apart:.2g} apart"
+    ratios = [b / a for a, b in zip(times["ours"], times["theirs"])]
+    return {
+        **case,
+        "turns": turns,
+        "patches": len(found["ours"].table),
+        "ours_s": round(statistics.median(times["ours"]), 3),
+        "theirs_s": round(statistics.median(times["theirs"]), 3),
+        "ratio": round(statistics.median(ratios), 1),
+        "low": round(min(ratios), 1),
+        "high": round(max(ratios), 1),
+        "apart": float(f"{apart:.2g}"),
+    }
+
+
+def pair(width: int) -> tuple[Any, Any]:
+    """A GPT-2 with random weights, and a `HookedTransformer` with the same."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=width, n_layer=LAYERS, n_head=LAYERS, vocab_size=VOCABULARY)
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    for name, parameter in plain.named_parameters():
+        if "wte" not in name and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08 if width < 500 else 0.03)
+    lens_config = HookedTransformerConfig(
+        n_layers=LAYERS,
+        d_model=width,
+        n_ctx=1024,
+        d_head=width // LAYERS,
+        n_heads=LAYERS,
+        d_vocab=VOCABULARY,
+        d_mlp=4 * width,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        eps=1e-5,
+        init_weights=False,
+        device="cpu",
+    )
+    lens = HookedTransformer(lens_config)
+    weights = convert_gpt2_weights(plain, lens_config)
+    lens.load_state_dict(weights, strict=False)
+    # The conversion leaves out the bias of an unembedding that has none.
+    lens.unembed.b_U.data.zero_()
+    return plain, lens.eval()
+
+
+def difference(ours: Any, theirs: torch.Tensor, heads: bool, positions: int) -> float:
+    """The largest distance of two results, over their largest value."""
+    shape = (LAYERS, LAYERS, positions) if heads else (LAYERS, positions)
+    mine = torch.from_numpy(ours.values[:, 0]).reshape(shape)
+    mine = mine.transpose(1, 2) if heads else mine
+    return float((mine - theirs).abs().max() / theirs.abs().max())
+
+
+def timed(act: Any) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+def cost() -> str:
+    """Milliseconds of a block's call by tokens, for three widths."""
+    lines = []
+    for width, heads in ((96, 12), (256, 4), (768, 12)):
+        config = transformers.GPT2Config(n_embd=width, n_layer=1, n_head=heads)
+        block = transformers.GPT2LMHeadModel(config).eval().transformer.h[0]  # type: ignore[attr-defined]
+        for tokens in (1, 16, 64, 256, 1024):
+            x = torch.randn(max(1, tokens // 16), min(tokens, 16), width)
+            with torch.no_grad():
+                block(x)
+                seconds = statistics.median(timed(lambda x=x, block=block: block(x)) for _ in range(15))
+            size = sum(p.numel() for p in block.parameters())
+            rate = 2 * size * tokens / seconds / 1e9
+            lines.append(f"width {width}, {tokens:5} tokens: {1e3 * seconds:8.3f} ms, {rate:6.1f} GFLOP/s")
+    return "\n".join(lines)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    head = "| sites | width | positions | patches | TransformerLens | ours | ratio (range over turns) | asked | apart |"
+    lines = [
+        f"| {line['sites']}{' by head' if line['heads'] else ''} | {line['width']} | {line['positions']} "
+        f"| {line.get('patches', '')} | {line.get('theirs_s', '')} s | {line['ours_s']} s "
+        f"| {line.get('ratio', '')} ({line.get('low', '')} to {line.get('high', '')}, {line['turns']} turns) "
+        f"| {line['asked']} | {line.get('apart', '')} |"
+        for line in result["lines"]
+    ]
+    said = (
+        f"GPT-2 of {LAYERS} layers and heads, vocabulary {VOCABULARY}, random weights, one example, "
+        f"{result['threads']} threads, on {result['device']}. TransformerLens: `get_act_patch_resid_pre` and "
+        "`get_act_patch_attn_head_out_by_pos`. Apart: largest difference over the largest value.\n\n"
+        "Command: `python tests/benchmarks/bench_patch.py --write`"
+    )
+    return "\n".join(["# Sweeps of activation patches\n", head, "|" + " --- |" * 9, *lines, "", said, ""])
+
+
+if __name__ == "__main__":
+    main()

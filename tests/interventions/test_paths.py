@@ -1,0 +1,442 @@
+"""Edge and path patching against a receiver at a time, micro-models worked out by hand, and bad input."""
+
+import random
+import re
+import warnings
+
+import micro
+import numpy as np
+import pytest
+import torch
+from rewiring_oracle import Slow
+
+import veridical as vd
+from tiny_models import TINY, make
+from veridical.errors import InputError, ModelError, UnknownNameError
+from veridical.interventions.metrics import Metric
+from veridical.interventions.paths import patch_paths
+
+CLEAN, CORRUPT = [[5, 9, 17, 40, 77], [6, 61, 18]], [[5, 19, 27, 140, 7], [6, 65, 118]]
+SINGLE = ("mixtral", "qwen3_moe")  # their kernels take no float64
+BARE = ("gemma2",)  # float64 rows of padding are NaN in its own eager attention
+FAMILIES = [name for name in TINY if name not in ("bert", "opt_post_norm")]
+
+
+def metric(logits):
+    return (logits[:, -1] if logits.dim() == 3 else logits)[:, :40].square().sum(-1)
+
+
+@pytest.fixture(scope="module")
+def case():
+    """Model in the exactest format that it has, its rows, and the slow reference (corrupt is the base)."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            module = make(name)
+            model = vd.load(module if name in SINGLE else module.double(), check=False)
+            if model.kind == "vision":
+                torch.manual_seed(0)
+                clean, corrupt = torch.randn(2, 2, 3, 24, 24, dtype=torch.float64)
+                base, other = {"pixel_values": corrupt}, {"pixel_values": clean}
+                at = None
+            else:
+                rows = slice(0, 1) if name in BARE else slice(None)
+                clean, corrupt = CLEAN[rows], CORRUPT[rows]
+                base, other = (model.batch(side, padding_side="left") for side in (corrupt, clean))
+                at = base["attention_mask"].bool()
+            with torch.no_grad():
+                made[name] = model, clean, corrupt, Slow(model, base, other, at)
+        return made[name]
+
+    return get
+
+
+def close(name, found, expected):
+    tolerance = 2e-5 if name in SINGLE else 1e-12
+    np.testing.assert_allclose(found, expected.numpy(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sets_of_edges_equal_one_receiver_at_a_time(case, name):
+    model, clean, corrupt, slow = case(name)
+    draw = random.Random(0)
+    sets = [[edge.name for edge in slow.graph.edges if draw.random() < share] for share in (0.05, 0.5, 0.9)]
+    found = patch_paths(model, clean, corrupt, metric=metric, edges=sets)
+    with torch.no_grad():
+        for i, names in enumerate(sets):
+            close(name, found.values[i], metric(slow.edges(set(names))))
+    assert (found.effects != 0).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "gemma3", "opt"])
+@pytest.mark.parametrize("batch_tokens", [64, 8192])
+def test_each_edge_alone(case, name, batch_tokens):
+    model, clean, corrupt, slow = case(name)
+    found = patch_paths(
+        model, clean, corrupt, metric=metric, edges="*", direction="denoising", batch_tokens=batch_tokens
+    )
+    assert found.names == tuple(edge.name for edge in slow.graph.edges)
+    with torch.no_grad():
+        for i in random.Random(1).sample(range(len(found.names)), 16):
+            close(name, found.values[i], metric(slow.edges({found.names[i]})))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_paths_link_by_link(case, name):
+    model, clean, corrupt, slow = case(name)
+    first = "attn.0" if slow.graph.whole_attention else "head.0.1"
+    paths = [
+        "embed->head.0.1:q->mlp.2->logits",
+        "embed->head.0.1:v->head.1.0:k->logits",
+        f"{first}->head.1.1:v->mlp.2",
+        "embed->mlp.0->head.1.0:k->head.2.3:q->logits",
+        "embed->logits",
+    ]
+    found = patch_paths(model, clean, corrupt, metric=metric, paths=paths)
+    with torch.no_grad():
+        for i, path in enumerate(paths):
+            close(name, found.values[i], metric(slow.path(path.split("->"))))
+    # A ViT's class token is the same in both images, so what it says to itself is too.
+    assert (found.effects[1:4] != 0).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_every_edge_is_the_other_run_and_no_edge_is_this_one(case, name, direction):
+    model, clean, corrupt, _slow = case(name)
+    everything = patch_paths(
+        model, clean, corrupt, metric=metric, edges="*", together=True, direction=direction
+    )
+    other = everything.clean if direction == "denoising" else everything.corrupt
+    np.testing.assert_array_equal(everything.values[0], other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing changed, which is so
+        alone = patch_paths(model, clean, clean, metric=metric, edges="*", together=True, direction=direction)
+    np.testing.assert_array_equal(alone.effects, 0)
+
+
+def test_clean_into_clean_changes_nothing_edge_by_edge(case):
+    model, clean, _, _ = case("llama")
+    found = patch_paths(model, clean, clean, metric=metric, edges="*")
+    np.testing.assert_allclose(found.effects, 0, atol=1e-12)
+
+
+def test_every_path_at_once_is_the_other_run():
+    """One layer, so that the paths can be listed: through each port of each head, and the MLP."""
+    model = vd.load(make("llama", num_hidden_layers=1).double(), check=False)
+    heads = [f"head.0.{h}:q" for h in range(4)] + [f"head.0.{g}:{port}" for g in range(2) for port in "kv"]
+    paths = ["embed->logits", "embed->mlp.0->logits"]
+    paths += [f"embed->{head}->{end}" for head in heads for end in ("logits", "mlp.0->logits")]
+    found = patch_paths(model, CLEAN, CORRUPT, metric=metric, paths=paths, together=True)
+    np.testing.assert_allclose(found.values[0], found.clean, rtol=1e-12)
+    without = patch_paths(model, CLEAN, CORRUPT, metric=metric, paths=paths[:-1], together=True)
+    assert abs(without.values[0] - without.clean).min() > 1e-6
+
+
+def test_a_path_of_two_nodes_is_an_edge(case):
+    model, clean, corrupt, _ = case("llama")
+    names = ["head.0.1->head.1.1:v", "mlp.0->head.2.1:k", "mlp.1->logits"]
+    edges = patch_paths(model, clean, corrupt, metric=metric, edges=names)
+    paths = patch_paths(model, clean, corrupt, metric=metric, paths=names)
+    np.testing.assert_allclose(paths.values, edges.values, rtol=1e-12)
+
+
+@pytest.mark.parametrize("position", [1, -1, [1, 2]])
+def test_positions(case, position):
+    model, clean, corrupt, slow = case("llama")
+    mask = slow.at
+    at = torch.zeros_like(mask)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        places = range(mask.shape[1] - length, mask.shape[1])
+        for number in [position] if isinstance(position, int) else position:
+            at[row, places[number]] = True
+    names = ["embed->head.1.0:k", "mlp.0->head.2.1:v"]
+    found = patch_paths(model, clean, corrupt, metric=metric, edges=names, positions=position)
+    slow.at = at
+    try:
+        with torch.no_grad():
+            for i, edge in enumerate(names):
+                close("llama", found.values[i], metric(slow.edges({edge})))
+    finally:
+        slow.at = mask
+
+
+def test_right_padded_rows_give_the_same():
+    """The reference on rows padded at the right: each example alone, unpadded."""
+    model = vd.load(make("gpt2").double(), check=False)
+    found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges=["head.0.1->head.1.2:v"])
+    with torch.no_grad():
+        for row in range(2):
+            alone = Slow(model, model.batch([CORRUPT[row]]), model.batch([CLEAN[row]]))
+            expected = metric(alone.edges({"head.0.1->head.1.2:v"}))
+            np.testing.assert_allclose(found.values[0, row], expected.item(), rtol=1e-12)
+
+
+def test_examples_in_batches_give_the_same(hooked):
+    model, rows = hooked("llama"), torch.randint(3, 299, (7, 6), generator=torch.Generator().manual_seed(0))
+    other = rows.clone()
+    other[:, 2] = 8
+    given = {"metric": "logit_diff", "answers": 9, "wrong": 10, "edges": "*"}
+    whole = patch_paths(model, rows, other, **given)
+    parts = patch_paths(model, rows, other, **given, batch_tokens=18)
+    np.testing.assert_allclose(parts.values, whole.values, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_and_probe_metrics(hooked):
+    model, clean, corrupt = hooked("llama"), [[5, 9, 17, 40]], [[5, 9, 23, 41]]
+    found = patch_paths(model, clean, corrupt, metric="kl", edges="*", together=True)
+    np.testing.assert_allclose(found.values, 0, atol=1e-6)
+    assert found.corrupt[0] > 1e-3
+    weights = torch.linspace(-1, 1, 32)
+    probe = Metric("probe", lambda x: x @ weights.to(x), 1, site="resid_post.1")
+    late = patch_paths(model, clean, corrupt, metric=probe, edges="embed->mlp.1")
+    assert (late.effects != 0).all()
+    with pytest.warns(UserWarning, match="cannot depend on embed->head.2.0:q, mlp.1->logits"):
+        beyond = patch_paths(
+            model, clean, corrupt, metric=probe, edges=["embed->head.2.0:q", "mlp.1->logits"]
+        )
+    assert (beyond.effects == 0).all()
+
+
+# Micro-models
+
+
+def single_shares(model, texts, direction):
+    """Share of the effect of every edge alone."""
+    found = patch_paths(
+        model, texts.clean, texts.corrupt, metric="logit_diff", answers=texts.answers, wrong=texts.wrong,
+        edges="*", direction=direction,
+    )  # fmt: skip
+    assert abs(found.total) == pytest.approx(texts.truth.effect, rel=1e-4)
+    return dict(zip(found.names, found.to_frame()["share"]))
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_chain_by_hand(direction):
+    """Without any one of the three edges the sign is lost; with any one of them alone in a corrupt run it is
+    only found at the last, which is the only one whose sender says all."""
+    shares = single_shares(micro.handle(micro.chain()), micro.chain_texts(), direction)
+    assert {edge for edge, share in shares.items() if share != 0} == set(micro.CHAIN)
+    np.testing.assert_allclose([shares[edge] for edge in micro.CHAIN], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", micro.FAMILIES)
+@pytest.mark.parametrize("what", ["key", "query", "value"])
+def test_induction_by_hand(family, what):
+    texts = micro.contrast(what)
+    shares = single_shares(micro.handle(micro.induction(family)), texts, "noising")
+    known = micro.edges(texts.truth, family)
+    assert {edge for edge, share in shares.items() if abs(share) > 1e-6} == known
+    np.testing.assert_allclose([shares[edge] for edge in known], 1, rtol=1e-5)
+
+
+def test_linear_by_hand():
+    """logit difference = 0.5 x(last) + 2 mean(x) - mean(y): one path for each term."""
+    model = micro.handle(micro.linear())
+    clean, corrupt = torch.tensor([[0, 5, 9, 12]]), torch.tensor([[0, 7, 9, 20]])
+    given = {"metric": "logit_diff", "answers": micro.RIGHT, "wrong": micro.WRONG}
+    paths = ["embed->logits", "embed->head.0.0:v->logits", "embed->head.0.1:v->logits"]
+    found = patch_paths(model, clean, corrupt, paths=paths, **given)
+    change = (micro.values()[clean] - micro.values()[corrupt])[0]
+    expected = [0.5 * change[-1, 0], 2 * change[:, 0].mean(), -change[:, 1].mean()]
+    np.testing.assert_allclose(found.effects[:, 0], expected, rtol=1e-5)
+    assert found.effects.sum() == pytest.approx(
+        (micro.by_hand(clean) - micro.by_hand(corrupt)).item(), rel=1e-5
+    )
+
+
+def test_edges_out_of_a_node_sum_to_its_patch_on_a_linear_model():
+    model = micro.handle(micro.linear())
+    clean, corrupt = torch.tensor([[0, 5, 9, 12]]), torch.tensor([[0, 7, 9, 20]])
+    given = {"metric": "logit_diff", "answers": micro.RIGHT, "wrong": micro.WRONG}
+    edges = patch_paths(model, clean, corrupt, senders="embed", **given)
+    with torch.no_grad():
+        base, other = (model.batch(side.tolist()) for side in (corrupt, clean))
+        embedded = model.run(other, read="embed")["embed"]
+        logits = model.run(base, write={"embed": lambda _: embedded}).logits[:, -1]
+    patched = (logits[:, micro.RIGHT] - logits[:, micro.WRONG]).numpy()
+    np.testing.assert_allclose(edges.effects.sum(0), patched - edges.base, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", micro.FAMILIES)
+def test_induction_circuit_by_path(family):
+    """The previous-token head tells the induction head where to look, by its keys."""
+    model, texts = micro.handle(micro.induction(family)), micro.contrast("key")
+    group = 1 if family == "llama_grouped" else 2
+    found = patch_paths(
+        model, texts.clean, texts.corrupt, metric="logit_diff", answers=texts.answers, wrong=texts.wrong,
+        paths=[*(f"head.0.1->head.1.{group}:{port}->logits" for port in "kv"), "head.0.1->logits"],
+    )  # fmt: skip
+    assert found.to_frame()["share"].tolist() == pytest.approx([1, 0, 0], abs=1e-5)
+
+
+# Bad input
+
+
+def refused(error, match, **given):
+    model = refused.model
+    with pytest.raises(error, match=match) as raised:
+        patch_paths(model, CLEAN, CORRUPT, metric=metric, **given)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def llama(hooked):
+    refused.model = hooked("llama")
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({}, "give edges="),
+        ({"edges": "*", "senders": "embed"}, "one of the three"),
+        ({"edges": []}, "no edge was named"),
+        ({"edges": "mlp.0"}, "is no edge"),
+        ({"edges": "mlp.1->head.1.0:q"}, "reads the stream before mlp.1 writes"),
+        ({"paths": "embed"}, "at least two nodes|expected"),
+        ({"paths": ["embed->mlp.1->mlp.0"]}, "reads the stream before"),
+        ({"paths": ["embed->logits->mlp.0"]}, "nothing comes after the logits|reads"),
+        ({"senders": "mlp.2", "receivers": "mlp.1"}, "there is no edge from mlp.2 to mlp.1"),
+        ({"edges": "*", "direction": "both"}, "expected 'denoising' or 'noising'"),
+        ({"edges": "*", "positions": [9]}, "position 9 lies outside row 0, which has 5 tokens"),
+        ({"edges": "*", "positions": "last"}, "expected token numbers"),
+    ],
+)
+def test_refused_in_one_line(llama, given, match):
+    refused(InputError, match, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"edges": "haed.0.1->logits"}, re.escape("nearest: head.0.1")),
+        ({"edges": "head.0.7->logits"}, "heads 0 to 3"),
+        ({"edges": "embed->head.1.3:k"}, "2 heads .0 to 1., each shared by 2 of the 4 query heads"),
+        ({"senders": "mpl.*"}, "unknown node 'mpl."),
+        ({"paths": "embed->hed.0.0:q->logits"}, re.escape("nearest: head.0.0:q")),
+    ],
+)
+def test_unknown_nodes_name_the_nearest(llama, given, match):
+    refused(UnknownNameError, match, **given)
+
+
+def test_models_that_do_not_add_up_are_refused(hooked):
+    with pytest.raises(ModelError, match="not the sum of its parts"):
+        patch_paths(hooked("bert"), CLEAN, CORRUPT, metric=metric, edges="*")
+
+
+def test_heads_behind_a_norm_are_whole_layers(hooked):
+    with pytest.raises(UnknownNameError, match="senders are whole layers"):
+        patch_paths(hooked("olmo2"), CLEAN, CORRUPT, metric=metric, edges="head.0.0->logits")
+
+
+def test_edges_that_the_metric_cannot_see_are_zero_and_warned(hooked):
+    given = {"metric": "logit_diff", "answers": 9, "wrong": 10, "positions": 0}
+    with pytest.warns(
+        UserWarning, match=r"cannot depend on mlp.2->logits, embed->mlp.2:in .*reads other positions"
+    ):
+        found = patch_paths(
+            hooked("llama"), [[5, 9, 17]], [[6, 9, 17]],
+            edges=["mlp.2->logits", "embed->mlp.2", "embed->head.2.0:k"], **given,
+        )  # fmt: skip
+    assert (found.effects[:2] == 0).all()
+    assert (found.effects[2] != 0).all()
+
+
+def test_nothing_changed_is_warned(hooked):
+    with pytest.warns(UserWarning, match="no patch changed the metric, to the last bit"):
+        patch_paths(hooked("llama"), [[5, 9, 17]], [[5, 9, 17]], metric=metric, edges="*", together=True)
+
+
+def test_the_model_is_left_as_it_was(hooked):
+    model = hooked("gpt2")
+    inputs = model.batch(CLEAN)
+    before = model.run(inputs).logits
+    there = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.model.modules()]
+    patch_paths(model, CLEAN, CORRUPT, metric=metric, edges="*")
+
+    def fails(logits):
+        raise RuntimeError("from the metric")
+
+    with pytest.raises(RuntimeError, match="from the metric"):
+        patch_paths(model, CLEAN, CORRUPT, metric=fails, edges="*")
+    assert there == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.model.modules()]
+    assert torch.equal(model.run(inputs).logits, before)
+
+
+def test_blocks_below_the_receiver_are_not_run(hooked):
+    model = hooked("llama")
+    calls = []
+    own = [type(block).forward for block in model.architecture.blocks]
+    for layer, block in enumerate(model.architecture.blocks):
+        block.forward = lambda *args, layer=layer, block=block, **kwargs: (
+            calls.append(layer) or own[layer](block, *args, **kwargs)
+        )
+    try:
+        found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges="mlp.0->head.1.1:k")
+    finally:
+        for block in model.architecture.blocks:
+            del block.forward
+    # The graph's pass over two short rows, two plain runs, and one from block 1 with its keys made once more.
+    assert calls == [0, 1, 2] * 3 + [1, 1, 2]
+    assert (found.effects != 0).all()
+
+
+def test_a_users_hooks_count(hooked):
+    """A hook that treats the rows of a batch differently sees the batch as it was given."""
+    model, seen = hooked("llama"), set()
+
+    def hook(module, args, output):
+        seen.add(len(output))
+        ramp = torch.linspace(1, 2, len(output))[:, None, None]
+        return output * ramp
+
+    names = ["mlp.0->head.1.1:k", "embed->logits", "head.0.0->mlp.1:in"]
+    handle = model.model.model.layers[0].mlp.register_forward_hook(hook)
+    try:
+        found = patch_paths(model, CLEAN, CORRUPT, metric=metric, edges=names)
+        base, other = (model.batch(side, padding_side="left") for side in (CORRUPT, CLEAN))
+        with torch.no_grad():
+            slow = Slow(model, base, other, base["attention_mask"].bool())
+            expected = [metric(slow.edges({name})).numpy() for name in names]
+    finally:
+        handle.remove()
+    assert seen == {2}
+    np.testing.assert_allclose(found.values, expected, rtol=2e-5)
+
+
+# The result
+
+
+def test_frame_figure_and_report(hooked):
+    rows = torch.randint(3, 299, (6, 5), generator=torch.Generator().manual_seed(0))
+    other = rows.flip(1)
+    few = patch_paths(hooked("llama"), rows, other, metric=metric, senders="embed", receivers="mlp.*")
+    frame = few.to_frame()
+    assert frame["receiver"].tolist() == ["mlp.0:in", "mlp.1:in", "mlp.2:in"]
+    np.testing.assert_allclose(frame["share"], few.effects.mean(1) / (few.clean - few.corrupt).mean())
+    assert (frame["effect_low"] <= frame["effect"]).all()
+    assert (frame["effect"] <= frame["effect_high"]).all()
+    every = patch_paths(hooked("llama"), rows, other, metric=metric, edges="*")
+    assert few.figure().data[0].type == "bar"
+    assert every.figure().data[0].type == "heatmap"
+    section = every.report_section()
+    assert section.figures
+    assert "190 edges" in section.text
+    assert "<table" in few._repr_html_()
+    assert "3 edges" in repr(few)
+
+
+def test_one_row_has_no_interval(hooked):
+    found = patch_paths(hooked("llama"), [[5, 9, 17]], [[6, 9, 17]], metric=metric, edges="mlp.0->logits")
+    assert np.isnan(found.to_frame()["effect_low"]).all()
+    assert "one row, so there are no intervals" in " ".join(found.findings())
+
+
+def test_saved_and_loaded(hooked, tmp_path):
+    found = patch_paths(hooked("llama"), CLEAN, CORRUPT, metric=metric, edges="*")
+    again = type(found).load(found.save(tmp_path / "edges"))
+    np.testing.assert_array_equal(again.values, found.values)
+    assert again.to_frame().equals(found.to_frame())
+    assert again.facts == found.facts
