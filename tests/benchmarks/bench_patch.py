@@ -6,10 +6,10 @@
 
 A GPT-2 of 12 layers with random weights, and a `HookedTransformer` with the same weights. Both patch clean
 activations into a corrupt run of other tokens, the same at no position, one example, and judge by the
-logit difference at the last position. Ours is `vd.patch` as a user calls it, with both runs, the table and the
-metric; theirs is the patching function alone, its cache of clean activations made beforehand. The two take
-turns, the first of a turn alternating; a ratio is theirs over ours within a turn. Before anything is timed, both
-results are compared.
+logit difference at the last position. Ours is `vd.patch` as a user calls it, with both runs, the table and
+the metric; theirs is the patching function alone, its cache of clean activations made beforehand. The two
+take turns, the first of a turn alternating; a ratio is theirs over ours within a turn. A case whose two
+results differ by more than 1e-4 of the largest value ends in an error.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def cost() -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    head = "| sites | width | positions | patches | TransformerLens | ours | ratio (range over turns) | asked | apart |"
+    head = "| sites | width | positions | patches | TransformerLens | ours | ratio (range) | asked | apart |"
     lines = [
         f"| {line['sites']}{' by head' if line['heads'] else ''} | {line['width']} | {line['positions']} "
         f"| {line.get('patches', '')} | {line.get('theirs_s', '')} s | {line['ours_s']} s "

@@ -1,4 +1,4 @@
-"""Heat maps of a sweep: layer by position with the tokens on the axis, or layer by head; one for each kind."""
+"""Heat maps of a sweep, one for each kind of site: layer by position with its tokens, or layer by head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
         subplot_titles=[each.title for each in maps] if len(maps) > 1 else None,
         vertical_spacing=min(0.12, 0.6 / len(maps)),
     )
-    bound = float(np.nanmax(np.abs(frame[what]))) if frame[what].notna().any() else 0.0
+    values = np.abs(frame[what].to_numpy(dtype=float))
+    bound = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     unit = "" if what == "recovered" else str(result.facts["unit"])
     for number, each in enumerate(maps, start=1):
         figure.add_trace(each.trace(unit), row=number, col=1)
@@ -50,7 +51,7 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
     figure.update_layout(
         coloraxis={
             "colorscale": [list(stop) for stop in figures.DIVERGING],
-            "cmin": -bound or -1.0,
+            "cmin": -bound if bound else -1.0,
             "cmax": bound or 1.0,
             "colorbar": {"title": {"text": figures.plain(name), "side": "right"}, "thickness": 12},
         }
@@ -69,7 +70,7 @@ class _Map:
         self.title, self.what = kind, what
         self.x = "head" if grid else "position"
         self.y = "layer, head" if many_heads and not grid else "layer"
-        texts = dict(zip(part["position"], part["token"]))
+        texts = dict(zip(part["position"].tolist(), part["token"].tolist()))
         if grid:
             across = part["head"].to_numpy()
             labels = {head: str(head) for head in across}
