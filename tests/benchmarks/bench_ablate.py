@@ -6,10 +6,10 @@
 A GPT-2 of width 768, 12 layers and 12 heads with random weights generates greedily. Each turn is one plain
 generation and, right beside it, one under an ablation, the first of the two alternating. The overhead is the
 ratio of the fastest turns, less 1, since what disturbs a turn only ever adds to it; beside it stands the
-middle half of the ratios turn by turn. On a CPU the time is that of the processor, which other processes do not lengthen; on a GPU it is that
-of the clock. Entering the context (means already taken) and leaving it are inside. `nothing` is plain against
-plain: what the measurement itself gives. Beside it stands the time that is spent inside our hooks, as a share
-of the generation.
+middle half of the ratios turn by turn. On a CPU the time is that of the processor, which other processes do
+not lengthen much; on a GPU it is that of the clock. Entering the context (means already taken) and leaving it
+are inside. `nothing` is plain against plain: what the measurement itself gives. Beside it stands the time
+that is spent inside our hooks, as a share of the generation.
 """
 
 from __future__ import annotations
@@ -176,9 +176,7 @@ def now() -> float:
 
 def table(result: dict) -> str:
     """The result as Markdown."""
-    head = (
-        "| batch | ablation | plain | ablated | overhead (middle half of the turns' ratios) | under 5 % | inside hooks |"
-    )
+    head = "| batch | ablation | plain | ablated | overhead (middle half of the turns' ratios) | under 5 % | inside hooks |"
     lines = [
         f"| {line['batch']} | {line['ablation']} | {line['plain_s']} s | {line['ablated_s']} s | "
         f"{line['overhead']:+.2%} ({line['low']:+.2%} to {line['high']:+.2%}) | "
