@@ -57,7 +57,7 @@ def examine(model: HookedModel) -> Facts:
     kinds = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
     sites = [site for site in places if site.kind in kinds]
     with undisturbed(model.model), torch.no_grad():
-        values = model.run(model.dummy_inputs(), read=sites).values
+        values = model.run(model.dummy_inputs(positions=3), read=sites, stop=True).values
         whole = False
         for layer in layers:
             found = {kind: values.get(Site(kind, layer).name) for kind in kinds}

@@ -222,7 +222,7 @@ class Walk:
 
     def __init__(self, model: HookedModel, graph: Graph) -> None:
         self.model, self.graph = model, graph
-        self.inputs = [_projection_input(model, layer) for layer in range(graph.n_layers)]
+        self.inputs = _projection_inputs(model)
 
     @property
     def sites(self) -> list[Site]:
@@ -233,7 +233,7 @@ class Walk:
             if self.graph.has_mlp[layer]:
                 kinds += ["mlp_out"] if self.graph.parallel[layer] else ["resid_mid", "mlp_out"]
             sites += [Site(kind, layer) for kind in kinds]
-            sites += [site for site in [self.inputs[layer]] if site is not None]
+            sites += [site for site in self.inputs[layer : layer + 1] if site is not None]
         return list(dict.fromkeys(sites))
 
     def back(self, values: dict[str, Tensor], end: Tensor) -> Iterator[Arrived]:
@@ -246,22 +246,19 @@ class Walk:
         graph = self.graph
         yield [self._named(graph.receivers[-1], end[None])]
         for layer in reversed(range(graph.n_layers)):
-            own = {kind: values.pop(Site(kind, layer).name, None) for kind in _OF_BLOCK}
-            stream = own["resid_pre"]
-            assert stream is not None
-            middle = end
+            sites = {kind: Site(kind, layer).name for kind in _OF_BLOCK}
+            own = {kind: values.pop(name) for kind, name in sites.items() if name in values}
+            stream, out, middle = own["resid_pre"], own["attn_out"], end
             if graph.has_mlp[layer]:
                 reads = stream if graph.parallel[layer] else own["resid_mid"]
-                (into,) = torch.autograd.grad(own["mlp_out"], reads, end.to(own["mlp_out"].dtype))
+                (into,) = torch.autograd.grad([own["mlp_out"]], [reads], [end.to(own["mlp_out"].dtype)])
                 yield [self._named(Node("mlp", layer, port="in"), into[None])]
                 if graph.parallel[layer]:
                     end = end + into
                 else:
                     middle = end = end + into
             heads = [own[kind] for kind in "qkv"]
-            out = own["attn_out"]
-            assert out is not None
-            gradients = torch.autograd.grad(out, heads, middle.to(out.dtype), retain_graph=True)
+            gradients = torch.autograd.grad([out], heads, [middle.to(out.dtype)], retain_graph=True)
             site = self.inputs[layer]
             normed = None if site is None else values.pop(site.name)
             total = torch.zeros_like(end)
@@ -315,10 +312,9 @@ class Walk:
 _OF_BLOCK = ("resid_pre", "q", "k", "v", "attn_out", "resid_mid", "mlp_out")
 
 
-def _projection_input(model: HookedModel, layer: int) -> Site | None:
-    """What the query, key and value projections of a layer read, as a raw site; None in TransformerLens."""
-    place = model.place(Site("q", layer))
+def _projection_inputs(model: HookedModel) -> list[Site | None]:
+    """What each layer's query, key and value projections read, as a raw site; None in TransformerLens."""
     if model.architecture.model_type in ("HookedTransformer", "TransformerBridge"):
-        return None
-    paths = {id(module): name for name, module in model.model.named_modules()}
-    return Site.parse(f"{paths[id(place.module)]}:in")
+        return [None] * model.n_layers
+    paths = {module: name for name, module in model.model.named_modules()}
+    return [Site.parse(f"{paths[model.place(Site('q', n)).module]}:in") for n in range(model.n_layers)]
