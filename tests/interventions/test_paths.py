@@ -13,6 +13,7 @@ from rewiring_oracle import Slow
 import veridical as vd
 from tiny_models import TINY, make
 from veridical.errors import InputError, ModelError, UnknownNameError
+from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Metric
 from veridical.interventions.paths import patch_paths
 
@@ -162,6 +163,24 @@ def test_positions(case, position):
         slow.at = mask
 
 
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_texts_of_unequal_length(direction):
+    """Aligned by token: what has no partner stays as it is."""
+    model = vd.load(make("llama").double(), check=False)
+    clean, corrupt = [[5, 9, 17, 40], [5, 6, 7, 8]], [[5, 9, 23, 17, 41, 40], [5, 6, 8]]
+    inputs = Inputs.of(model, clean, corrupt, "token")
+    inputs = inputs.swapped() if direction == "denoising" else inputs
+    names = ["embed->head.1.0:k", "head.0.1->head.1.1:v", "mlp.1->logits"]
+    given = {"metric": metric, "align": "token", "direction": direction}
+    found = patch_paths(model, clean, corrupt, edges=[[name] for name in names] + [names], **given)
+    with torch.no_grad():
+        slow = Slow(model, inputs.clean, inputs.corrupt, inputs.matched >= 0, inputs.matched)
+        for i, chosen in enumerate([*([name] for name in names), names]):
+            close("llama", found.values[i], metric(slow.edges(set(chosen))))
+    with pytest.raises(InputError, match="align"):
+        patch_paths(model, clean, corrupt, metric=metric, edges=names)
+
+
 def test_right_padded_rows_give_the_same():
     """The reference on rows padded at the right: each example alone, unpadded."""
     model = vd.load(make("gpt2").double(), check=False)
@@ -300,6 +319,7 @@ def llama(hooked):
         ({"senders": "mlp.2", "receivers": "mlp.1"}, "there is no edge from mlp.2 to mlp.1"),
         ({"edges": "*", "direction": "both"}, "expected 'denoising' or 'noising'"),
         ({"edges": "*", "positions": [9]}, "position 9 lies outside row 0, which has 5 tokens"),
+        ({"edges": "*", "batch_tokens": 0}, "expected a number of at least 1"),
         ({"edges": "*", "positions": "last"}, "expected token numbers"),
     ],
 )

@@ -54,6 +54,8 @@ class Between:
     ) -> None:
         if direction not in ("denoising", "noising"):
             raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise InputError(f"batch_tokens is {batch_tokens!r}; expected a number of at least 1")
         self.model = model = loaded(model)
         warn_of_training(model)
         self.graph = Graph.of(model)
@@ -85,7 +87,7 @@ class Between:
     def run(self, work: Callable[[Rewiring], Tensor], rows: Sequence[int] | None = None) -> np.ndarray:
         """What `work` gives for each batch of rows, `[..., rows]` float64, all batches joined."""
         with torch.no_grad():
-            parts = [work(rewiring).double().cpu().numpy() for rewiring in self.rewirings(rows)]
+            parts = [work(rewiring).cpu().double().numpy() for rewiring in self.rewirings(rows)]
         return np.concatenate(parts, axis=-1)
 
     def ends(self, rows: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
