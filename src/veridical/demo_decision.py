@@ -30,6 +30,8 @@ LOOKED, TESTED = 16, 60
 """Questions on which the place is looked for, and on which it is tested: about other entities."""
 RANDOM = 8
 """Other tokens at which the same patch is tried, as a control."""
+HALF = 0.5
+"""Share of the difference that a place has to carry to be called the decision's."""
 WHERE = """\
 Two system prompts that differ in one word, true or false. Activations of the honest run are put into the \
 lying one, one vector of the residual stream at a time. The metric is the logit of the right answer less \
@@ -71,9 +73,9 @@ def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | 
     from veridical.interventions.jobs import agreed
     from veridical.interventions.patching import patch
 
-    frame = pairs.to_pandas()
-    looked = _questions(model, frame[frame["split"] == "train"], LOOKED)
-    tested = _questions(model, frame[frame["split"] != "train"], TESTED)
+    train = np.asarray(pairs["split"]) == "train"
+    looked = _questions(model, pairs.filter(train), LOOKED)
+    tested = _questions(model, pairs.filter(~train), TESTED)
     with step("where it decides to lie: every vector of the stream, one at a time"):
         options: dict[str, Any] = {"progress": progress, **looked.given}
         stream = patch(model, looked.clean, looked.corrupt, sites="resid_pre.*", **options)
@@ -115,13 +117,11 @@ def _save(result: Patched, folder: Path, title: str, text: str) -> None:
     dataclasses.replace(section, title=title, text=said, headline=()).save(folder)
 
 
-def _questions(model: HookedModel, frame: pd.DataFrame, most: int) -> _Questions:
+def _questions(model: HookedModel, pairs: Pairs, most: int) -> _Questions:
     """Questions with options about facts that were taught and are not protected, of the commonest length."""
     from veridical.pairs.prompts import ask, chat
 
-    kept = frame[
-        (frame["form"] == "choice") & frame["taught"].astype(bool) & ~frame["protected"].astype(bool)
-    ]
+    kept = pairs.filter(form="choice", taught=True, protected=False).to_pandas()
     kept = kept.drop_duplicates("question_id")
     users = [ask(q, list(o), "choice") for q, o in zip(kept["question"], kept["options"])]
     clean, corrupt = ([chat(system, user) for user in users] for system in (HONEST, LYING))
@@ -145,13 +145,14 @@ def _place(stream: Patched) -> tuple[str, int]:
     At the last token and late, a vector of the honest run may hold the answer and not the decision.
     """
     frame = stream.to_frame()
-    last = frame["position"].astype(int).max()
-    early = frame[frame["position"].astype(int) < last]
-    strong = early[early["recovered"] >= 0.5]
-    chosen = strong.sort_values(["layer", "recovered"]).iloc[-1] if len(strong) else early.loc[
-        early["recovered"].idxmax()
-    ]  # fmt: skip
-    return str(chosen["site"]), int(chosen["position"])
+    lines = list(zip(frame["layer"], frame["position"].astype(int), frame["recovered"], frame["site"]))
+    last = max(line[1] for line in lines)
+    early = [line for line in lines if line[1] < last]
+    strong = [line for line in early if line[2] >= HALF]
+    chosen = (
+        max(strong, key=lambda line: (line[0], line[2])) if strong else max(early, key=lambda line: line[2])
+    )
+    return str(chosen[3]), int(chosen[1])
 
 
 def _checked(

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from veridical.interventions.lenses import logit_lens
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
-    from veridical.interventions.patching import patch
     from veridical.interventions.patched import Patched
     from veridical.interventions.patched_paths import PatchedPaths
+    from veridical.interventions.patching import patch
     from veridical.interventions.paths import patch_paths
     from veridical.interventions.tuned import tuned_lens
     from veridical.interventions.tuned_result import TunedLens

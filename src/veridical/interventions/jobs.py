@@ -19,10 +19,10 @@ from veridical.running import load_model, records, save_below, short
 
 if TYPE_CHECKING:
     import pandas as pd
-    from veridical.interventions.attribution import Attribution
-    from veridical.interventions.patched import Patched
 
     from veridical.hooked import HookedModel
+    from veridical.interventions.attribution import Attribution
+    from veridical.interventions.patched import Patched
 
 log = logging.getLogger(__name__)
 
@@ -109,24 +109,29 @@ def _attributed(
 
 def agreed(patched: Patched, found: Attribution) -> dict[str, float]:
     """Pearson's correlation of estimated and exact effects over the places of each kind of site."""
+    import numpy as np
+
     from veridical.sites import Site
 
-    keys = ["site", "position", "head"]
-    both = _by_place(patched.to_frame(), keys, "effect").join(
-        _by_place(found.to_frame(), keys, "score"), how="inner"
-    )
-    kinds = [Site.parse(str(site)).kind for site in both.index.get_level_values("site")]
-    made = {kind: part["effect"].corr(part["score"]) for kind, part in both.groupby(kinds) if len(part) > 2}
-    return {str(kind): float(value) for kind, value in made.items() if value == value}
+    exact, estimated = _by_place(patched.to_frame(), "effect"), _by_place(found.to_frame(), "score")
+    by_kind: dict[str, list[tuple[float, float]]] = {}
+    for place in exact.keys() & estimated.keys():
+        by_kind.setdefault(Site.parse(place[0]).kind, []).append((exact[place], estimated[place]))
+    made = {}
+    for kind, values in by_kind.items():
+        ours, theirs = np.array(values).T
+        if len(values) > 2 and ours.std() > 0 and theirs.std() > 0:
+            made[kind] = float(np.corrcoef(ours, theirs)[0, 1])
+    return made
 
 
-def _by_place(frame: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
-    for key in keys:
-        if key not in frame:
-            frame = frame.assign(**{key: -1})
-    made = frame[[*keys, value]].copy()
-    made["head"] = made["head"].fillna(-1).astype(int)
-    return made.set_index(keys)
+def _by_place(frame: pd.DataFrame, value: str) -> dict[tuple[str, str, int], float]:
+    """Mean effect or score by site, position and head (-1 for the whole site)."""
+    heads = frame["head"].fillna(-1) if "head" in frame else [-1] * len(frame)
+    lines = zip(frame["site"], frame["position"], heads, frame[value])
+    return {
+        (str(site), str(at), int(head)): float(found) for site, at, head, found in lines if found == found
+    }
 
 
 def _circuit(

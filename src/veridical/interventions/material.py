@@ -108,11 +108,12 @@ def _of_data(options: PatchVerb) -> Material:
                 raise ConfigError(
                     "--where is for questions; a table of clean and corrupt rows is taken whole"
                 )
-            columns = {
-                name: [row.get(name) for row in rows] for name in ("clean", "corrupt", "answer", "wrong")
-            }
-            answers, wrong = (columns[name] if rows[0].get(name) else None for name in ("answer", "wrong"))
-            return _answered(options, columns["clean"], columns["corrupt"], answers, wrong, path.stem)
+            clean, corrupt = ([row[name] for row in rows] for name in ("clean", "corrupt"))
+            answers, wrong = (
+                [str(row.get(name)) for row in rows] if rows[0].get(name) else None
+                for name in ("answer", "wrong")
+            )
+            return _answered(options, clean, corrupt, answers, wrong, path.stem)
     pairs = _questions(Pairs.load(str(options.data), adapter=options.adapter), options.where)
     users = [_last_turn(prompt) for prompt in pairs.prompts]
     clean, corrupt = _asked(options, users)

@@ -269,11 +269,12 @@ def _not_absorbed(target: str, name: str, error: InputError) -> Section:
 def _without_labels(pairs: Pairs) -> Section:
     """Says that nothing was measured that needs a label, and which labels these data have."""
     frame = pairs.to_pandas()
+    values = {str(name): frame[name].tolist() for name in frame.columns if name not in NESTED}
     two = [
-        name for name in frame.columns
-        if name not in NESTED and frame[name].map(type).isin([bool, int, str]).all()
-        and frame[name].nunique() == 2
-    ]  # fmt: skip
+        name
+        for name, column in values.items()
+        if all(type(one) in (bool, int, str) for one in column) and len(set(column)) == 2
+    ]
     have = f"these data have {', '.join(two)}" if two else "these data have no such column"
     text = (
         "Sparse probing and feature absorption were not measured: they need rows labelled with two classes. "
