@@ -176,7 +176,8 @@ def now() -> float:
 
 def table(result: dict) -> str:
     """The result as Markdown."""
-    head = "| batch | ablation | plain | ablated | overhead (middle half of the turns' ratios) | under 5 % | inside hooks |"
+    columns = "batch | ablation | plain | ablated | overhead (middle half of the turns' ratios) | under 5 %"
+    head = f"| {columns} | inside hooks |"
     lines = [
         f"| {line['batch']} | {line['ablation']} | {line['plain_s']} s | {line['ablated_s']} s | "
         f"{line['overhead']:+.2%} ({line['low']:+.2%} to {line['high']:+.2%}) | "
