@@ -40,13 +40,14 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError, ModelError, NonFiniteError
+from veridical.hooks import Place, Reads, attached
 from veridical.interventions.attribution import Attribution, selected
 from veridical.interventions.contributions import linear_map, output_projection, sender_site, sender_sites
 from veridical.interventions.gradients import differentiable, forward, leaves, measure, measured, pulled
 from veridical.interventions.graph import Graph, Node
 from veridical.interventions.runs import Batch, Runs
 from veridical.progress import bar
-from veridical.sites import Site
+from veridical.sites import RAW, Site
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -177,12 +178,13 @@ def _score_batch(
     assert theirs is not None
     walk = Walk(model, graph)
     with differentiable(model.model):
-        run = forward(model, batch.base, metric, walk.sites, leaves(model, [Site("resid_pre", 0)]))
+        with attached(walk.projections, {}) as inside:
+            run = forward(model, batch.base, metric, walk.sites, leaves(model, [Site("resid_pre", 0)]))
         found = measured(run, metric)
         last = Site("resid_post", graph.n_layers - 1).name
         (end,) = pulled(model, run, metric, found, [run.values[last]])
-        values = run.values
-        run.output = None
+        values = {**run.values, **inside.values}
+        run.values, run.output, inside.values = {}, None, {}
     if end is None:
         raise ModelError(f"the metric {metric.name} does not depend on {last}")
     differences = Differences(model, graph, batch, values, other.values)
@@ -222,7 +224,7 @@ class Walk:
 
     def __init__(self, model: HookedModel, graph: Graph) -> None:
         self.model, self.graph = model, graph
-        self.inputs = _projection_inputs(model)
+        self.projections = _projections(model)
 
     @property
     def sites(self) -> list[Site]:
@@ -233,7 +235,6 @@ class Walk:
             if self.graph.has_mlp[layer]:
                 kinds += ["mlp_out"] if self.graph.parallel[layer] else ["resid_mid", "mlp_out"]
             sites += [Site(kind, layer) for kind in kinds]
-            sites += [site for site in self.inputs[layer : layer + 1] if site is not None]
         return list(dict.fromkeys(sites))
 
     def back(self, values: dict[str, Tensor], end: Tensor) -> Iterator[Arrived]:
@@ -259,8 +260,7 @@ class Walk:
                     middle = end = end + into
             heads = [own[kind] for kind in "qkv"]
             gradients = torch.autograd.grad([out], heads, [middle.to(out.dtype)], retain_graph=True)
-            site = self.inputs[layer]
-            normed = None if site is None else values.pop(site.name)
+            normed = values.pop(_projected(layer).name, None)
             total = torch.zeros_like(end)
             for port, value, gradient in zip("qkv", heads, gradients):
                 for first, part in self._pulled_back(layer, port, value, gradient, normed, stream):
@@ -312,9 +312,13 @@ class Walk:
 _OF_BLOCK = ("resid_pre", "q", "k", "v", "attn_out", "resid_mid", "mlp_out")
 
 
-def _projection_inputs(model: HookedModel) -> list[Site | None]:
-    """What each layer's query, key and value projections read, as a raw site; None in TransformerLens."""
+def _projections(model: HookedModel) -> Reads:
+    """Reads of what each layer's query, key and value projections take; none in TransformerLens."""
     if model.architecture.model_type in ("HookedTransformer", "TransformerBridge"):
-        return [None] * model.n_layers
-    paths = {module: name for name, module in model.model.named_modules()}
-    return [Site.parse(f"{paths[model.place(Site('q', n)).module]}:in") for n in range(model.n_layers)]
+        return {}
+    modules = {layer: model.place(Site("q", layer)).module for layer in range(model.n_layers)}
+    return {_projected(layer): (Place(module, "in"), None) for layer, module in modules.items()}
+
+
+def _projected(layer: int) -> Site:
+    return Site(RAW, path=f"projections.{layer}:in")
