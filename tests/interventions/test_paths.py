@@ -119,8 +119,9 @@ def test_every_edge_is_the_other_run_and_no_edge_is_this_one(case, name, directi
 
 def test_clean_into_clean_changes_nothing_edge_by_edge(case):
     model, clean, _, _ = case("llama")
-    found = patch_paths(model, clean, clean, metric=metric, edges="*")
-    np.testing.assert_allclose(found.effects, 0, atol=1e-12)
+    with pytest.warns(UserWarning, match="no patch changed the metric"):
+        found = patch_paths(model, clean, clean, metric=metric, edges="*")
+    np.testing.assert_array_equal(found.effects, 0)
 
 
 def test_every_path_at_once_is_the_other_run():
@@ -339,6 +340,11 @@ def test_refused_in_one_line(llama, given, match):
 )
 def test_unknown_nodes_name_the_nearest(llama, given, match):
     refused(UnknownNameError, match, **given)
+
+
+def test_a_metric_that_returns_a_scalar_is_refused(hooked):
+    with pytest.raises(InputError, match="returned a scalar; expected one number for each row"):
+        patch_paths(hooked("llama"), CLEAN, CORRUPT, metric=lambda x: x[:, -1, 0].mean(), edges="*")
 
 
 def test_models_that_do_not_add_up_are_refused(hooked):
