@@ -57,8 +57,10 @@ def prefix_cache(
 
 @contextlib.contextmanager
 def filling(cache: Any, layer: int) -> Iterator[Any]:
-    """The layer's part of `cache`, which keeps its first keys and values and raises `Filled`; once `filled` is
-    set on it, it gives those that it has kept."""
+    """The layer's part of `cache`, which keeps its first keys and values and raises `Filled`.
+
+    Once `filled` is set on it, it gives those that it has kept.
+    """
     held = cache.layers[layer]
     held.filled = False
     try:
