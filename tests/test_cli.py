@@ -12,6 +12,7 @@ import yaml
 from veridical import cli, running
 from veridical.config import BeliefConfig, CollectConfig, ProbeConfig
 from veridical.errors import ConfigError, UnknownNameError
+from veridical.interventions.material import material
 from veridical.verbs import VERBS, ProbeVerb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +232,15 @@ def test_recipes_in_the_repository_are_valid():
         options = cli.parse("probe", ["--config", str(path)])
         options.require("probe")
         assert options.out == Path("runs") / path.stem
+
+
+def test_recipes_for_patch_are_valid():
+    recipes = sorted((ROOT / "probes" / "recipes" / "patch").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        options = cli.parse("patch", ["--config", str(path)])
+        assert options.out == Path("runs") / path.stem
+        assert material(options).answers
 
 
 def test_pre_commit_config_is_valid_and_local():

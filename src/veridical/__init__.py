@@ -12,6 +12,16 @@ from veridical.lazy import lazy
 if TYPE_CHECKING:
     from veridical.activations import Activations, collect
     from veridical.errors import VeridicalError
+    from veridical.interventions import (
+        ablate,
+        attribute,
+        direct_logits,
+        find_circuit,
+        logit_lens,
+        patch,
+        patch_paths,
+        tuned_lens,
+    )
     from veridical.models import HookedModel, load
     from veridical.pairs import Pairs, check_beliefs
     from veridical.probes import (
@@ -40,19 +50,27 @@ __all__ = [
     "SAEConfig",
     "Site",
     "VeridicalError",
+    "ablate",
+    "attribute",
     "causal_check",
     "check_beliefs",
     "collect",
+    "direct_logits",
+    "find_circuit",
     "fit_probes",
     "honesty_protocol",
     "load",
     "load_probe",
     "load_result",
     "load_sae",
+    "logit_lens",
+    "patch",
+    "patch_paths",
     "report",
     "sweep_saes",
     "train_saes",
     "transfer_matrix",
+    "tuned_lens",
     "view_tokens",
 ]
 
@@ -65,19 +83,27 @@ _HOME = {
     "SAEConfig": "saes",
     "Site": "sites",
     "VeridicalError": "errors",
+    "ablate": "interventions",
+    "attribute": "interventions",
     "causal_check": "probes",
     "check_beliefs": "pairs",
     "collect": "activations",
+    "direct_logits": "interventions",
+    "find_circuit": "interventions",
     "fit_probes": "probes",
     "honesty_protocol": "probes",
     "load": "models",
     "load_probe": "probes",
     "load_result": "saved_result",
     "load_sae": "saes",
+    "logit_lens": "interventions",
+    "patch": "interventions",
+    "patch_paths": "interventions",
     "report": "reporting",
     "sweep_saes": "saes",
     "train_saes": "saes",
     "transfer_matrix": "probes",
+    "tuned_lens": "interventions",
     "view_tokens": "probes",
 }
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from veridical.config import BeliefConfig
 from veridical.console import step
+from veridical.demo_decision import decision_into
 from veridical.demo_saes import saes_into
 from veridical.examples import one_of_each, token_section
 from veridical.files import write_json
@@ -140,12 +141,15 @@ def run_demo(
         if view is not None:
             view.save(out / "lying-tokens")
 
+    decision = decision_into(out, m, pairs, progress)
     latents = saes_into(out, m, pairs, acts, progress)
     facts = {"verb": "demo", "model": model, "model_fingerprint": m.fingerprint(), "data": honesty}
     facts |= {"data_fingerprint": pairs.fingerprint, "seed": 0}
     write_json(out / "provenance.json", provenance(**facts))
     found = {name: sweep_metrics(sweep) for name, sweep in sweeps.items()}
-    write_json(out / "metrics.json", {"agreement": agreement, "sweeps": found, "saes": latents})
+    write_json(
+        out / "metrics.json", {"agreement": agreement, "sweeps": found, "decision": decision, "saes": latents}
+    )
     page = report(out, out / "report.html", title=TITLE, intro=INTRO)
     log.info("done in %.0f s", time.perf_counter() - start)
     return page

@@ -8,8 +8,8 @@ model's own norm and head (`readout`), `tuned` after a trained map, and `direct`
 part of the model adds to it.
 
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
-texts of unequal length. `patch` (in `patching`) sweeps activation patches over sites, layers, positions and heads (`places`):
-`sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
+texts of unequal length. `patch` (in `patching`) sweeps activation patches over sites, layers, positions and
+heads (`places`): `sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
 (`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
 `heat_maps` draws it.
 

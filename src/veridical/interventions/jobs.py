@@ -67,8 +67,7 @@ def patch(options: PatchVerb) -> Path:
     write_json(out / "provenance.json", provenance(**facts, data=rows.name, seed=options.seed))
     write_json(out / "metrics.json", metrics)
     title = f"Where {short(str(options.model))} decides"
-    parts = [out / name for name in ("patched", "attribution", "circuit") if (out / name).is_dir()]
-    said_where(report(parts, out / "report.html", title=title, intro=PATCHED))
+    said_where(report(out, out / "report.html", title=title, intro=PATCHED))
     return out
 
 

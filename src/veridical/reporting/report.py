@@ -22,7 +22,7 @@ from veridical.reporting.section import FILE, Reportable, Section
 
 Result = Reportable | Section | str | Path
 PROVENANCE = "provenance.json"
-READING_ORDER = ("beliefs", "sweep", "", "tokens", "data", "activations")
+READING_ORDER = ("beliefs", "sweep", "patched", "", "tokens", "data", "activations")
 """Parts of a run that are shown in this order; parts with other names stand where the empty name is."""
 
 
