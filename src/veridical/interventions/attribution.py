@@ -33,6 +33,7 @@ SAID = {
     "atp": "attribution patching",
     "ig": "integrated gradients",
     "edges": "edge attribution patching",
+    "edges_ig": "edge attribution patching with integrated gradients",
 }
 
 
@@ -41,7 +42,7 @@ class Attribution(Saved):
     """Scores of the parts of a model for a metric.
 
     Attributes:
-        method: "grad_x_input", "atp", "ig" or "edges".
+        method: "grad_x_input", "atp", "ig", "edges" or "edges_ig".
         metric, unit: What is explained, and what it is counted in.
         direction: "denoising" (gradient at corrupt, clean goes in) or "noising"; "" without a corrupt run.
         labels: For each example the text at each position, "" where it is padding; positions are counted

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from veridical.hooked import HookedModel
 
-Method = Literal["edges", "exact"]
-METHODS = ("edges", "exact")
+Method = Literal["edges_ig", "edges", "exact"]
+METHODS = ("edges_ig", "edges", "exact")
 ENOUGH = 10
 """Groups of rows from which on some are held out."""
 POINTS = 20
@@ -59,7 +59,7 @@ def find_circuit(
     metric: Any,
     keep: int | float | None = None,
     faithfulness: float = 0.8,
-    method: Method = "edges",
+    method: Method = "edges_ig",
     edges: Any = None,
     prune: float | None = None,
     holdout: float = 0.5,
@@ -78,12 +78,14 @@ def find_circuit(
         model: The model; its parts must add up in the residual stream.
         clean: A text or chat, a list of them, token ids `[batch, pos]`, `Pairs`, or images.
         corrupt: The same; row i goes with row i of clean.
-        metric: A name, a function `logits -> [batch]`, or a `Metric`; smooth for method "edges".
+        metric: A name, a function `logits -> [batch]`, or a `Metric`; smooth for "edges_ig" and "edges".
         keep: How many of the strongest edges to take: a number, or a share below 1 of all edges. Of these,
             those that lie on no way from the embedding to the logits are left out.
         faithfulness: Where `keep` is not given: the smallest circuit, along the ranking, whose faithfulness
             on the choosing rows is as close to 1 as this is.
-        method: How edges are ranked: "edges" by edge attribution, "exact" by patching each alone.
+        method: How edges are ranked: "edges_ig" by edge attribution with integrated gradients, "edges" by the
+            gradient at the clean run alone, which is cheaper and misses edges whose effect is saturated
+            there, "exact" by patching each alone.
         edges: A circuit of your own ("head.0.1->head.1.2:k", ...), to be checked instead of found.
         prune: Drop edges one after another, from the logits down and the weakest first, whose removal moves
             the faithfulness by less than this.
@@ -158,7 +160,7 @@ class _Search:
             from veridical.interventions.attributing import attribute
 
             found = attribute(
-                self.between.model, clean, corrupt, metric=self.between.metric, method="edges",
+                self.between.model, clean, corrupt, metric=self.between.metric, method=method,
                 direction="noising", align=align, progress=progress, batch_tokens=self.between.batch_tokens,
             )  # fmt: skip
             assert found.edge_scores is not None

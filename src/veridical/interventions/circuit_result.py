@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from veridical.reporting.section import Section
 
 
+RANKED = {
+    "edges_ig": "edge attribution with integrated gradients",
+    "edges": "edge attribution",
+    "exact": "exact patches of each edge alone",
+}
+
+
 @dataclass(frozen=True, repr=False)
 class Circuit(Saved):
     """Edges of a model that make a metric differ between clean and corrupt rows.
@@ -148,7 +155,7 @@ class Circuit(Saved):
         """Findings, graph, curve and tables."""
         from veridical.reporting.section import Section
 
-        ranked = "edge attribution" if self.facts["method"] == "edges" else "exact patches of each edge alone"
+        ranked = RANKED[self.facts["method"]]
         how = (
             f"Edges of {self.facts['model']} ranked by {ranked} on {len(self.choosing)} rows"
             + (f", then dropped where that moves the faithfulness by less than {self.facts['prune']:g}"

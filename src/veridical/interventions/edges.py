@@ -8,6 +8,10 @@ with c_s what s adds to the stream: to first order, what giving r alone the othe
 metric (Syed, Rager and Conmy 2023, arXiv:2310.10348). It equals the derivative of the exact edge patch at
 zero.
 
+With `steps`, the gradient at r's input is the mean along the straight way that the embedding takes from the
+base run's to the source run's, by a Gauss-Legendre rule (Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806).
+That costs as many forwards and backwards, and finds edges whose effect is saturated at the base.
+
 The backward goes block by block from the last, and what a block's receivers need is contracted as soon as it
 is there. From the gradient g that leaves a block, autograd gives it at the MLP's input and at each head's
 queries, keys and values; the latter go back to the stream through their own rows of the projection and
@@ -32,7 +36,7 @@ for few tokens, and 2.3 % for 128 tokens, where the 68 MB of the rest are the bo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +49,7 @@ from veridical.interventions.attribution import Attribution, selected
 from veridical.interventions.contributions import linear_map, output_projection, sender_site, sender_sites
 from veridical.interventions.gradients import differentiable, forward, leaves, measure, measured, pulled
 from veridical.interventions.graph import Graph, Node
+from veridical.interventions.integrated import legendre
 from veridical.interventions.runs import Batch, Runs
 from veridical.progress import bar
 from veridical.sites import RAW, Site
@@ -57,9 +62,17 @@ CHUNK = 1 << 23
 
 
 def score_edges(
-    model: HookedModel, runs: Runs, wanted: Any = None, *, by_position: bool, progress: bool | None
+    model: HookedModel,
+    runs: Runs,
+    wanted: Any = None,
+    *,
+    by_position: bool,
+    progress: bool | None,
+    steps: int | None = None,
 ) -> Attribution:
     """Scores of every edge, or of those `wanted` (names or globs), for each example.
+
+    Gradients are those at the base run, or with `steps` means along the way to the source run.
 
     Raises:
         ModelError: The model's parts do not add up, or it has no backward.
@@ -79,9 +92,10 @@ def score_edges(
             raise InputError(f"edges={wanted!r}: their receivers read the stream before their senders write")
     found, base, source = [], [], []
     batches = list(runs.batches())
+    places = [(0.0, 1.0)] if steps is None else list(zip(*legendre(steps)))
     with bar(len(batches), "edge attribution", "batches", progress) as shown:
         for batch in batches:
-            scores, own, theirs = _score_batch(model, runs, graph, batch, by_position)
+            scores, own, theirs = _score_batch(model, runs, graph, batch, by_position, places)
             found.append(scores.cpu())
             base.append(own.cpu())
             source.append(theirs.cpu())
@@ -95,7 +109,7 @@ def score_edges(
     return Attribution.of(
         model,
         runs,
-        "edges",
+        "edges" if steps is None else "edges_ig",
         edge_scores=scores,
         senders=tuple(senders),
         receivers=tuple(receivers),
@@ -170,33 +184,58 @@ class Differences:
 
 
 def _score_batch(
-    model: HookedModel, runs: Runs, graph: Graph, batch: Batch, by_position: bool
+    model: HookedModel,
+    runs: Runs,
+    graph: Graph,
+    batch: Batch,
+    by_position: bool,
+    places: Sequence[tuple[float, float]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores `[batch, senders, receivers]` (positions second where they are apart), and both metrics."""
+    """Scores `[batch, senders, receivers]` (positions second where they are apart), and both metrics.
+
+    `places` are the points from the base's embedding (0) to the source's (1) at which gradients are taken,
+    each with its weight.
+    """
     metric = runs.metric_for(model, batch)
     theirs, other = measure(model, batch.source, metric, sender_sites(graph.senders))
     assert theirs is not None
     walk = Walk(model, graph)
-    with differentiable(model.model):
-        with attached(walk.projections, {}) as inside:
-            run = forward(model, batch.base, metric, walk.sites, leaves(model, [Site("resid_pre", 0)]))
-        found = measured(run, metric)
-        last = Site("resid_post", graph.n_layers - 1).name
-        (end,) = pulled(model, run, metric, found, [run.values[last]])
-        values = {**run.values, **inside.values}
-        run.values, run.output, inside.values = {}, None, {}
-    if end is None:
-        raise ModelError(f"the metric {metric.name} does not depend on {last}")
-    differences = Differences(model, graph, batch, values, other.values)
-    del other
-    rows, positions = batch.valid.shape
-    exact = torch.promote_types(end.dtype, torch.float32)
-    shape = (rows, positions) if by_position else (rows,)
-    scores = torch.zeros(*shape, len(graph.senders), len(graph.receivers), dtype=exact, device=end.device)
-    with torch.inference_mode(False):
-        for arrived in walk.back(values, end.to(exact)):
-            _contract(differences, arrived, scores, rows)
-    return scores, found.detach(), theirs
+    own, start, way, differences, scores = None, Site("resid_pre", 0), None, None, None
+    if places[0][0] != 0:
+        own, base = measure(model, batch.base, metric, sender_sites(graph.senders))
+        differences = Differences(model, graph, batch, base.values, other.values)
+        way = batch.change(base[start], other[start])
+        del base
+    for place, weight in places:
+        begin = leaves(model, [start]) if way is None else {start: _moved(place, way)}
+        with differentiable(model.model):
+            with attached(walk.projections, {}) as inside:
+                run = forward(model, batch.base, metric, walk.sites, begin)
+            found = measured(run, metric)
+            last = Site("resid_post", graph.n_layers - 1).name
+            (end,) = pulled(model, run, metric, found, [run.values[last]])
+            values = {**run.values, **inside.values}
+            run.values, run.output, inside.values = {}, None, {}
+        if end is None:
+            raise ModelError(f"the metric {metric.name} does not depend on {last}")
+        if differences is None:
+            own, differences = found.detach(), Differences(model, graph, batch, values, other.values)
+        if scores is None:
+            rows, positions = batch.valid.shape
+            shape = (rows, positions) if by_position else (rows,)
+            exact = torch.promote_types(end.dtype, torch.float32)
+            size = (*shape, len(graph.senders), len(graph.receivers))
+            scores = torch.zeros(size, dtype=exact, device=end.device)
+        with torch.inference_mode(False):
+            for arrived in walk.back(values, weight * end.to(scores.dtype)):
+                _contract(differences, arrived, scores, len(scores))
+    assert own is not None and scores is not None
+    return scores, own, theirs
+
+
+def _moved(place: float, way: Tensor) -> Callable[[Tensor], Tensor]:
+    """An edit of the base's stream: so far along the way to the source's, and the leaf of a new graph."""
+    return lambda value: (value.detach() + (place * way).to(value.dtype)).requires_grad_()
 
 
 Arrived = list[tuple[int, int, Tensor]]

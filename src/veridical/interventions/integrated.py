@@ -45,8 +45,6 @@ def score_paths(
     progress: bool | None,
 ) -> Found:
     """Integrated gradients of every example at each site, with totals and gaps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps is {steps!r}; expected a number of nodes, at least 1")
     if not runs.alone and not (isinstance(baseline, float | int) and baseline == 0):
         raise InputError("baseline stands in for a corrupt run; give one of the two")
     if any(site.kind == "pattern" for site in sites):
