@@ -279,3 +279,47 @@ def test_what_is_held_is_what_the_formula_says(monkeypatch):
     attribute(model, CLEAN, CORRUPT, metric=difference, method="edges")
     _, here = edges.sizes(12, model.n_layers, model.n_heads, model.n_kv_heads, model.d_model, model.d_head)
     assert max(held) <= here
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "gemma2"])
+def test_integrated_edges_out_of_the_embedding_add_up_to_integrated_gradients(family, in_float64):
+    """All that reads the embedding, together, is the stream at the first block; so edges out of it share out
+    what integrated gradients give there, which is the metric's whole difference but for the rule's error."""
+    model = vd.load(make(family).double(), check=False)
+    given = {"metric": difference, "steps": 6}
+    found = attribute(model, CLEAN[0], CORRUPT[0], method="edges_ig", **given)
+    whole = attribute(model, CLEAN[0], CORRUPT[0], method="ig", sites="resid_pre.0", **given)
+    added = np.nansum(found.edge_scores[:, found.senders.index("embed")], axis=-1)
+    np.testing.assert_allclose(added, whole.totals["resid_pre.0"], rtol=1e-9)
+    gap = added - (found.source_metric - found.base_metric)
+    linear = attribute(model, CLEAN[0], CORRUPT[0], metric=difference, method="edges")
+    off = np.nansum(linear.edge_scores[:, 0], axis=-1) - (found.source_metric - found.base_metric)
+    assert np.abs(gap) < 0.3 * np.abs(off)
+
+
+def test_one_step_in_the_middle_is_the_gradient_there(in_float64):
+    """A rule of one node takes the gradient half way; by hand, from hooks, for the edges into the logits."""
+    model = vd.load(make("gpt2").double(), check=False)
+    found = attribute(model, CLEAN[0], CORRUPT[0], metric=difference, method="edges_ig", steps=1)
+    inputs = Inputs.of(model, CLEAN[0], CORRUPT[0])
+    sites = [Site("resid_pre", 0), *sender_sites(Graph.of(model).senders)]
+    base, source = (
+        model.run(side, read=list(dict.fromkeys(sites))) for side in (inputs.corrupt, inputs.clean)
+    )
+    middle = (base[Site("resid_pre", 0)] + source[Site("resid_pre", 0)]).detach() / 2
+    end = Site("resid_post", model.n_layers - 1)
+    run = model.run(
+        inputs.corrupt, read=[end], write={Site("resid_pre", 0): lambda value: middle.requires_grad_()}
+    )
+    (slope,) = torch.autograd.grad(difference(run.logits).sum(), [run[end]])
+    for number, sender in enumerate(Graph.of(model).senders):
+        change = contribution(model, sender, source.values) - contribution(model, sender, base.values)
+        expected = (change.detach() * slope).sum((1, 2)).numpy()
+        np.testing.assert_allclose(found.edge_scores[:, number, -1], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "steps"), [("edges", 4), ("atp", 4), ("edges_ig", 0), ("ig", 2.5)])
+def test_steps_that_do_not_fit_are_refused(method, steps):
+    model = vd.load(make("gpt2"), check=False)
+    with pytest.raises(InputError, match="steps"):
+        attribute(model, CLEAN[0], CORRUPT[0], metric=difference, method=method, steps=steps)

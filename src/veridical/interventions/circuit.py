@@ -150,7 +150,7 @@ class _Search:
                 f"({self.clean.mean():.4g} on average), so there is nothing that a circuit could explain"
             )
 
-    def rank(self, method: str, clean: Any, corrupt: Any, align: Any, progress: bool | None) -> None:
+    def rank(self, method: Method, clean: Any, corrupt: Any, align: Any, progress: bool | None) -> None:
         """Sorts edges by the size of their mean score over the choosing rows; a score is what the edge adds
         to the metric."""
         if method == "exact":

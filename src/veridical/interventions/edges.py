@@ -8,9 +8,9 @@ with c_s what s adds to the stream: to first order, what giving r alone the othe
 metric (Syed, Rager and Conmy 2023, arXiv:2310.10348). It equals the derivative of the exact edge patch at
 zero.
 
-With `steps`, the gradient at r's input is the mean along the straight way that the embedding takes from the
-base run's to the source run's, by a Gauss-Legendre rule (Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806).
-That costs as many forwards and backwards, and finds edges whose effect is saturated at the base.
+With `steps`, the gradient at r's input is the mean along the straight way from the base run's embedding to
+the source run's, by a Gauss-Legendre rule (Hanna, Pezzelle and Belinkov 2024, arXiv:2403.17806). That costs
+as many forwards and backwards, and finds edges whose effect is saturated at the base.
 
 The backward goes block by block from the last, and what a block's receivers need is contracted as soon as it
 is there. From the gradient g that leaves a block, autograd gives it at the MLP's input and at each head's
@@ -229,7 +229,8 @@ def _score_batch(
         with torch.inference_mode(False):
             for arrived in walk.back(values, weight * end.to(scores.dtype)):
                 _contract(differences, arrived, scores, len(scores))
-    assert own is not None and scores is not None
+    assert own is not None
+    assert scores is not None
     return scores, own, theirs
 
 
