@@ -465,7 +465,8 @@ def test_one_row_has_no_interval(hooked):
 def test_these_modules_leave_the_packages_functions_in_place():
     """A module with the name of a function, once imported, stands in the function's place."""
     code = (
-        "import veridical.interventions as x, veridical.interventions.circuit, veridical.interventions.paths\n"
+        "import veridical.interventions as x, veridical.interventions.circuit\n"
+        "import veridical.interventions.paths\n"
         "assert all(callable(getattr(x, name)) for name in ('patch', 'ablate', 'attribute'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
