@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 import warnings
 
 import micro
@@ -458,6 +460,16 @@ def test_one_row_has_no_interval(hooked):
     found = patch_paths(hooked("llama"), [[5, 9, 17]], [[6, 9, 17]], metric=metric, edges="mlp.0->logits")
     assert np.isnan(found.to_frame()["effect_low"]).all()
     assert "one row, so there are no intervals" in " ".join(found.findings())
+
+
+def test_these_modules_leave_the_packages_functions_in_place():
+    """A module with the name of a function, once imported, stands in the function's place."""
+    code = (
+        "import veridical.interventions as x, veridical.interventions.circuit\n"
+        "import veridical.interventions.paths\n"
+        "assert all(callable(getattr(x, name)) for name in ('patch', 'ablate', 'attribute'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_saved_and_loaded(hooked, tmp_path):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from veridical.errors import InputError
+from veridical.interventions.condition import warn_of_training
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
-from veridical.interventions.patching import warn_of_training
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
