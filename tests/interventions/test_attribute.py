@@ -447,7 +447,7 @@ def test_markup_in_texts_is_shown_and_not_run(hooked):
         ({"method": "ig", "steps": 0}, InputError, "expected a number of nodes"),
         ({"method": "ig", "baseline": 1.0}, InputError, "one of the two"),
         ({"method": "ig", "sites": "pattern.0"}, InputError, "not offered"),
-        ({"edges": "mlp.0->logits"}, InputError, "for method 'edges'"),
+        ({"edges": "mlp.0->logits"}, InputError, "for methods 'edges'"),
         ({"batch_tokens": 0}, InputError, "at least 1"),
         ({"sites": "model.embed_tokens:in"}, InputError, "floating-point"),
         ({"sites": "lm_head:out", "keep": 1}, InputError, "expected \\[batch, pos"),
