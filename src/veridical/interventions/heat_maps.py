@@ -1,4 +1,4 @@
-"""Heat maps of a sweep: layer by position with the tokens on the axis, or layer by head; one for each kind."""
+"""Heat maps of a sweep, one for each kind of site: layer by position with its tokens, or layer by head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
         subplot_titles=[each.title for each in maps] if len(maps) > 1 else None,
         vertical_spacing=min(0.12, 0.6 / len(maps)),
     )
-    bound = float(np.nanmax(np.abs(frame[what]))) if frame[what].notna().any() else 0.0
+    values = np.abs(frame[what].to_numpy(dtype=float))
+    bound = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     unit = "" if what == "recovered" else str(result.facts["unit"])
     for number, each in enumerate(maps, start=1):
         figure.add_trace(each.trace(unit), row=number, col=1)
@@ -50,7 +51,7 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
     figure.update_layout(
         coloraxis={
             "colorscale": [list(stop) for stop in figures.DIVERGING],
-            "cmin": -bound or -1.0,
+            "cmin": -bound if bound else -1.0,
             "cmax": bound or 1.0,
             "colorbar": {"title": {"text": figures.plain(name), "side": "right"}, "thickness": 12},
         }
@@ -63,35 +64,25 @@ class _Map:
     """The lines of one kind, laid out by layer (and head) and position, or by layer and head."""
 
     def __init__(self, part: pd.DataFrame, kind: str, what: str) -> None:
-        places = list(dict.fromkeys(part["position"]))
-        many_heads = part["head"].nunique() > 1
-        grid = many_heads and len(places) == 1
-        self.title, self.what = kind, what
+        lines = part.to_dict("records")
+        heads = {line["head"] for line in lines}
+        grid = len(heads) > 1 and len({line["position"] for line in lines}) == 1
+        self.title = kind
         self.x = "head" if grid else "position"
-        self.y = "layer, head" if many_heads and not grid else "layer"
-        texts = dict(zip(part["position"], part["token"]))
-        if grid:
-            across = part["head"].to_numpy()
-            labels = {head: str(head) for head in across}
-        else:
-            across = part["position"].to_numpy()
-            labels = {place: _label(place, texts[place]) for place in places}
-        down = [
-            (layer, -1 if grid else head)
-            for layer, head in zip(part["layer"].tolist(), part["head"].tolist())
-        ]
-        self.columns = list(dict.fromkeys(across.tolist()))
-        self.rows = list(dict.fromkeys(down))
+        self.y = "layer, head" if len(heads) > 1 and not grid else "layer"
+        across = [line["head"] if grid else line["position"] for line in lines]
+        down = [(line["layer"], -1 if grid else line["head"]) for line in lines]
+        labels = {
+            name: str(name) if grid else _label(name, line["token"]) for name, line in zip(across, lines)
+        }
+        self.columns, self.rows = list(dict.fromkeys(across)), list(dict.fromkeys(down))
         self.x_labels = [labels[name] for name in self.columns]
         self.y_labels = [_row_label(layer, head, kind) for layer, head in self.rows]
-        at = (
-            [self.rows.index(row) for row in down],
-            [self.columns.index(name) for name in across.tolist()],
-        )
+        at = [self.rows.index(row) for row in down], [self.columns.index(name) for name in across]
         self.values = np.full((len(self.rows), len(self.columns)), np.nan)
         self.values[at] = part[what].to_numpy()
         self.said = np.full(self.values.shape, "", dtype=object)
-        self.said[at] = [_hover(line, what) for line in part.to_dict("records")]
+        self.said[at] = [_hover(line, what) for line in lines]
 
     def trace(self, unit: str) -> Any:
         """The heat map; cells without a value stay empty."""

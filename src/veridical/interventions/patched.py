@@ -29,7 +29,8 @@ class Patched(Saved):
     Attributes:
         table: One line per item: `site`, `kind`, `layer` (-1 for none), `head` (-1 for the whole site),
             `position` and `token` (where all examples have the same).
-        values: `[items, examples]`, the metric of the patched runs; NaN where an example has no such position.
+        values: `[items, examples]`, the metric of the patched runs; NaN where an example has no such
+            position.
         base_values: `[examples]`, of the run that was patched.
         source_values: `[examples]`, of the run whose activations were put in; NaN where it has none.
         groups: `[examples]`, pair of each example.
@@ -95,8 +96,8 @@ class Patched(Saved):
         if self.facts["source"]:
             into += f", from {self.facts['source']}"
         said = [
-            f"{self.facts['metric']}{unit} is {base:.3g} in the run that is patched and {end:.3g} in the run that "
-            f"activations come from ({into}; {len(self.base_values)} "
+            f"{self.facts['metric']}{unit} is {base:.3g} in the run that is patched and {end:.3g} in the run "
+            f"that activations come from ({into}; {len(self.base_values)} "
             f"example{'s' if len(self.base_values) > 1 else ''})."
         ]
         effects = np.abs(self._estimates["effect"][0])
@@ -105,13 +106,18 @@ class Patched(Saved):
             share = self.recovered[best]
             of_all = f", {share:.0%} of the difference" if np.isfinite(share) else ""
             said.append(
-                f"The largest effect is {self._estimates['effect'][0][best]:+.3g} at {self.label(best)}{of_all}."
+                f"The largest effect is {self._estimates['effect'][0][best]:+.3g} at {self.label(best)}"
+                f"{of_all}."
             )
         else:
             said.append("No patch changed the metric.")
         if len(np.unique(self.groups)) == 1:
             said.append("With one example there is no interval: the effect on other texts is not known.")
         return said
+
+    def _largest(self) -> list[int]:
+        """Numbers of the items of the largest effects, the largest first; absent ones last."""
+        return np.argsort(-np.abs(self._estimates["effect"][0]), kind="stable")[:TOP].tolist()
 
     def label(self, item: int) -> str:
         """An item in words, such as "z.3, head 2, position 4 (' Rome')"."""
@@ -140,13 +146,13 @@ class Patched(Saved):
         from veridical.reporting.section import Section
 
         frame = self.to_frame()
-        order = frame["effect"].abs().sort_values(ascending=False, na_position="last").index[:TOP]
+        order = self._largest()
         shown = frame.loc[order].drop(columns=["site"]).round(4).reset_index(drop=True)
         best = frame.loc[order[0]]
         text = [
             *self.findings(),
-            "Intervals are 95 %, over resamples of whole pairs of examples. The recovered fraction is the mean "
-            "effect over the mean difference of the two runs.",
+            "Intervals are 95 %, over resamples of whole pairs of examples. The recovered fraction is the "
+            "mean effect over the mean difference of the two runs.",
         ]
         return Section(
             title=f"Activation patching: {self.facts['metric']}, {self.facts['direction']}",
@@ -165,7 +171,7 @@ class Patched(Saved):
     def _repr_html_(self) -> str:
         said = "".join(f"<p>{html.escape(line)}</p>" for line in self.findings())
         frame = self.to_frame()
-        order = frame["effect"].abs().sort_values(ascending=False).index[:TOP]
+        order = self._largest()
         table = frame.loc[order].round(4).to_html(index=False, border=0, escape=True)
         return f"<p><b>{html.escape(repr(self))}</b></p>{said}{table}"
 

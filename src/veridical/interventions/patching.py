@@ -1,9 +1,9 @@
 """Activation patching: one run's activations put into another, for many sites, positions and heads.
 
 Denoising runs the corrupt inputs with clean activations put in, and asks what restores the answer; noising
-runs the clean inputs with corrupt ones, and asks what breaks it (Meng et al. 2022, arXiv:2202.05262; Heimersheim
-and Nanda 2024, arXiv:2404.15255). The effect of an item is the metric of its patched run less the base's; its
-recovered fraction is the effect over the difference of the two runs.
+runs the clean inputs with corrupt ones, and asks what breaks it (Meng et al. 2022, arXiv:2202.05262;
+Heimersheim and Nanda 2024, arXiv:2404.15255). The effect of an item is the metric of its patched run less the
+base's; its recovered fraction is the effect over the difference of the two runs.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def warn_of_training(model: HookedModel) -> None:
     active = any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.model.modules())
     if active:
         warnings.warn(
-            f"{model.path} is in training mode with dropout, so effects hold its noise; call .eval() on it first",
+            f"{model.path} is in training mode with dropout, so effects hold its noise; call .eval() first",
             stacklevel=3,
         )
 
@@ -313,7 +313,7 @@ def _warn_of_no_effect(metric: Metric, names: Sequence[str]) -> None:
         why = f"the metric reads {metric.site}, which comes before"
     else:
         last = "position" if metric.keep == 1 else f"{metric.keep} positions"
-        why = f"the metric {metric.name} reads the last {last} only, and no block follows that would carry it there"
+        why = f"{metric.name} reads the last {last} only, and no block follows that would carry it there"
     warnings.warn(
         f"{len(names)} patches at {shown} cannot change the metric: {why}. Their effects are exactly zero.",
         stacklevel=3,
@@ -330,7 +330,7 @@ def _warn_of_rounding(items: Sequence[Item], values: np.ndarray, base: np.ndarra
     silent = [name for name, at_all in moved.items() if not at_all]
     if silent:
         warnings.warn(
-            f"patches at {', '.join(silent[:6])} did not move the metric beyond rounding, though other values "
-            "were put there: nothing that it reads depends on these sites",
+            f"patches at {', '.join(silent[:6])} did not move the metric beyond rounding, though other "
+            "values were put there: nothing that it reads depends on these sites",
             stacklevel=3,
         )

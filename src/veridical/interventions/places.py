@@ -40,9 +40,10 @@ def spots(inputs: Inputs, positions: Positions) -> list[Spot]:
     Args:
         inputs: Clean and corrupt rows.
         positions: None or "each": every position, from the start where all rows are equally long, else from
-            the end. "all": the whole of a site at once. A position, or a list of positions and of sets (lists
-            of positions that are patched together): positions of the clean row's own tokens, negative from its
-            end. A mapping from a name to words of the clean (or else the corrupt) text, or to positions.
+            the end. "all": the whole of a site at once. A position, or a list of positions and of sets
+            (lists of positions that are patched together): positions of the clean row's own tokens, negative
+            from its end. A mapping from a name to words of the clean (or else the corrupt) text, or to
+            positions.
 
     Raises:
         InputError: A position outside a text, or words that are not in it.
@@ -54,8 +55,8 @@ def spots(inputs: Inputs, positions: Positions) -> list[Spot]:
         return [Spot(WHOLE, mask)]
     if isinstance(positions, str):
         raise InputError(
-            f"positions is {positions!r}; expected 'each', 'all', a list of positions, or a mapping from a name "
-            "to words of the text"
+            f"positions is {positions!r}; expected 'each', 'all', a list of positions, or a mapping from a "
+            "name to words of the text"
         )
     if isinstance(positions, Mapping):
         named = [(str(name), value) for name, value in positions.items()]
@@ -105,8 +106,8 @@ def _position(value: Any, length: int, row: int, inputs: Inputs) -> int:
         text = "".join(inputs.tokens[row]).strip()
         shown = text if len(text) <= 60 else text[:59] + "…"
         raise InputError(
-            f"position {number} lies outside the text of row {row}, which has {length} tokens, 0 to {length - 1} "
-            f"(or -{length} to -1): {shown!r}"
+            f"position {number} lies outside the text of row {row}, which has {length} tokens, 0 to "
+            f"{length - 1} (or -{length} to -1): {shown!r}"
         )
     return number % length
 
@@ -158,7 +159,7 @@ def _head(model: HookedModel, site: Site, head: Any, count: int) -> int:
         )
         more = ", ..." if count > 4 else ""
         raise InputError(
-            f"head {number} does not exist at {site.short}: keys and values are shared by groups of {share} query "
-            f"heads, and it has {count} (group {groups}{more})"
+            f"head {number} does not exist at {site.short}: keys and values are shared by groups of {share} "
+            f"query heads, and it has {count} (group {groups}{more})"
         )
     raise InputError(f"head {number} does not exist at {site.short}; it has heads 0 to {count - 1}")

@@ -1,4 +1,4 @@
-"""Key/value caches of transformers, as patched runs use them: the base's, cut, for some rows of each layer."""
+"""Key/value caches of transformers, as patched runs use them: the base's, cut, for the rows of each layer."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def prefix_cache(
 
 @contextlib.contextmanager
 def filling(cache: Any, layer: int) -> Iterator[Any]:
-    """The layer's part of `cache`, which raises `Filled` at its first keys and values and keeps them; once its
-    `filled` is set, it gives those it has kept."""
+    """The layer's part of `cache`, which keeps its first keys and values and raises `Filled`.
+
+    Once `filled` is set on it, it gives those that it has kept.
+    """
     held = cache.layers[layer]
     held.filled = False
     try:
@@ -80,7 +82,7 @@ def _layer_class() -> Any:
 
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__()
-            self.keys, self.values = keys, values
+            self.keys, self.values = self.before = keys, values
             self.dtype, self.device = keys.dtype, keys.device
             self.is_initialized = True
             self.filled: bool | None = None
@@ -93,8 +95,8 @@ def _layer_class() -> Any:
                 assert self.kept is not None
                 return self.kept
             joined = (
-                torch.cat([self.keys, key_states], dim=-2),
-                torch.cat([self.values, value_states], dim=-2),
+                torch.cat([self.before[0], key_states], dim=-2),
+                torch.cat([self.before[1], value_states], dim=-2),
             )
             if self.filled is False:
                 self.kept = joined

@@ -129,7 +129,7 @@ class Engine:
         plain: bool = False,
     ) -> None:
         self.model, self.keep, self.site, self.plain = model, keep, site, plain
-        self.blocks = model.architecture.blocks if model.architecture.places else ()
+        self.blocks = list(model.architecture.blocks) if model.architecture.places else []
         self.base = self._run_base(dict(inputs), mask, list(read))
 
     @property

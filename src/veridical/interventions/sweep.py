@@ -192,7 +192,7 @@ class Sweep:
             return self.count
         if site.kind == "embed" or not self.count or site.layer is None:
             return self._raw_entry(site)
-        if self._is_local(site) or site.kind == "resid_post" and not self._in_place(site):
+        if self._is_local(site) or (site.kind == "resid_post" and not self._in_place(site)):
             return site.layer + 1
         return site.layer
 
