@@ -94,7 +94,7 @@ def test_each_part_against_a_loop(hooked, family):
 def test_without_answers_it_is_the_likeliest_token(hooked):
     model = hooked("llama")
     found = direct_logits(model, TEXTS)
-    expected = [float(model.logits([text])[0, -1].max()) for text in TEXTS]
+    expected = [float(model.logits([text])[0, -1].detach().max()) for text in TEXTS]
     np.testing.assert_allclose(found.totals, expected, rtol=1e-4)
     several = direct_logits(model, TEXTS, answers=[[3, 4], [5], [6, 7]], wrong=9)
     logits = [model.logits([text])[0, -1].detach() for text in TEXTS]
