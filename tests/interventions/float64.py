@@ -19,10 +19,9 @@ class Float64(TorchFunctionMode):
     """Within it, what asks for float32 gets float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = {name: _wider(value) for name, value in (kwargs or {}).items()}
         if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        return func(*map(_wider, args), **kwargs)
+            return args[0].double()
+        return func(*map(_wider, args), **{name: _wider(value) for name, value in (kwargs or {}).items()})
 
 
 def _wider(value):

@@ -149,7 +149,6 @@ def test_more_nodes_leave_a_smaller_gap_and_embeddings_explain_the_whole_differe
         for steps in (4, 32, 256):
             found = attribute(model, CLEAN, CORRUPT, metric=difference, method="ig", steps=steps)
             gaps.append(np.abs(found.gaps["embed"]).max())
-        print(gaps)
         assert gaps[0] > 100 * gaps[1] > 100 * gaps[2]
         np.testing.assert_allclose(found.totals["embed"], found.source_metric - found.base_metric, atol=1e-8)
 
@@ -343,7 +342,7 @@ def test_a_probe_is_a_metric_and_later_sites_cannot_matter(hooked):
     weights = np.random.default_rng(0).normal(size=32)
     probe = LogisticProbe().adopt(np.array([0, 1]), weights, np.zeros(1), 1)
     metric = ProbeMetric(probe, "resid_post.1")
-    with pytest.warns(UserWarning, match=r"resid_pre\.2 .*exactly zero|cannot depend on z\.2"):
+    with pytest.warns(UserWarning, match="cannot depend on"):
         found = attribute(
             model, CLEAN, CORRUPT, metric=metric, method="atp", sites="resid_post.1, resid_post.2, z.2"
         )

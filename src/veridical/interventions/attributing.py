@@ -76,11 +76,13 @@ def attribute(
             value at the site.
         neurons: Score each neuron of `mlp_post` apart. Heads always are.
         edges: For "edges": names or globs, such as "head.*->logits"; all when not given.
-        by_position: For "edges": keep the positions apart.
+        by_position: For "edges": keep the positions apart (of every example, one number for each position
+            and pair of sender and receiver).
         keep: Of a function: how many last positions' logits it reads; all when not given.
         align: For texts of unequal length, "token" or spans; see `Inputs.of`. What has no partner is absent.
         progress: Show a bar; None for a terminal or notebook only.
-        batch_tokens: Positions of one batch, padding included.
+        batch_tokens: Positions of one batch, padding included. A function of your own sees all examples at
+            once, in one batch.
 
     Returns:
         Scores of each example; `.to_frame()`, `.top(n)`, `.figure()`.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from veridical.reporting.section import Section
 
 RESAMPLES, SEED = 500, 0
+LARGEST_MAP = 200_000
+"""Cells of a map of edges that a report still shows."""
 SAID = {
     "grad_x_input": "gradient times value",
     "atp": "attribution patching",
@@ -113,7 +115,7 @@ class Attribution(Saved):
             UnknownNameError: Not among what was scored.
         """
         if self.edge_scores is None:
-            short = name if name in self.scores else Site.parse(name).short
+            short = str(name) if str(name) in self.scores else Site.parse(name).short
             if short not in self.scores:
                 raise unknown("site", str(name), list(self.scores))
             return self.scores[short]
@@ -136,20 +138,22 @@ class Attribution(Saved):
         Args:
             examples: One line per part and example instead, with `example` and its own `token`.
         """
-        parts = [self._edge_lines()] if self.edge_scores is not None else self._node_parts()
-        lines = []
-        for keys, values in parts:
-            there = np.isfinite(values).any(0)
-            keys, values = keys[there].reset_index(drop=True), values[:, there]
-            lines.append(self._by_example(keys, values) if examples else self._averaged(keys, values))
-        table = pd.concat(lines, ignore_index=True)
-        return table.dropna(axis=1, how="all") if not len(table) else _without_empty(table)
+        draw = self._by_example if examples else self._averaged
+        return _without_empty(pd.concat([draw(*part) for part in self._parts()], ignore_index=True))
 
     def top(self, n: int = 10) -> pd.DataFrame:
-        """The `n` parts with the largest mean scores, of either sign, the largest first."""
-        table = self.to_frame()
-        order = np.argsort(-table["score"].abs().to_numpy(), kind="stable")[:n]
-        return table.iloc[order].reset_index(drop=True)
+        """The `n` parts with the largest mean scores, of either sign, the largest first; see `to_frame`."""
+        parts = self._parts()
+        sizes = [np.abs(_mean(values)) for _, values in parts]
+        order = np.sort(np.argsort(-np.concatenate(sizes), kind="stable")[:n])
+        lines, first = [], 0
+        for (keys, values), size in zip(parts, sizes):
+            own = order[(order >= first) & (order < first + len(size))] - first
+            if len(own):
+                lines.append(self._averaged(keys.iloc[own].reset_index(drop=True), values[:, own]))
+            first += len(size)
+        table = _without_empty(pd.concat(lines, ignore_index=True))
+        return table.iloc[np.argsort(-table["score"].abs().to_numpy(), kind="stable")].reset_index(drop=True)
 
     def mean(self) -> dict[str, np.ndarray]:
         """Scores averaged over the examples that have the part: by site, `[positions, ...]`; of edges under
@@ -207,7 +211,9 @@ class Attribution(Saved):
         if self.method != "ig":
             text += ". First order only: a large score is a candidate to check by patching"
         coloured = self.html()
-        figures = (self.figure(),) if self.edge_scores is None else (self.figure(), self.matrix())
+        figures = (self.figure(),)
+        if 0 < len(self.senders) * len(self.receivers) <= LARGEST_MAP:
+            figures = (*figures, self.matrix())
         return Section(
             title=f"Attribution of {self.metric}",
             text="\n\n".join([f"{text}.", *self.findings()]),
@@ -221,6 +227,14 @@ class Attribution(Saved):
         from veridical.interventions.attribution_figure import page
 
         return page(self)
+
+    def _parts(self) -> list[tuple[pd.DataFrame, np.ndarray]]:
+        """What there is, as lines that name it and scores `[examples, lines]`."""
+        found = []
+        for keys, values in [self._edge_lines()] if self.edge_scores is not None else self._node_parts():
+            there = np.flatnonzero(np.isfinite(values).any(0))
+            found.append((keys.iloc[there].reset_index(drop=True), values[:, there]))
+        return found
 
     def _edge_lines(self) -> tuple[pd.DataFrame, np.ndarray]:
         values = self.edge_scores
@@ -267,7 +281,7 @@ class Attribution(Saved):
         lines = []
         for example, row in enumerate(values):
             here = np.isfinite(row)
-            own = keys[here].assign(score=row[here], example=example)
+            own = keys.iloc[np.flatnonzero(here)].assign(score=row[here], example=example)
             if "token" in own:
                 own["token"] = [self.labels[example][place] for place in own["position"]]
             lines.append(own)
@@ -328,10 +342,9 @@ def _intervals(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
     """Without `kind`, `layer`, `head` or `neuron` where no line has one."""
-    empty = [
-        name for name in ("kind", "layer", "head", "neuron") if name in table and table[name].isna().all()
-    ]
-    return table.drop(columns=empty)
+    kept = set(table.dropna(axis=1, how="all").columns)
+    optional = ("kind", "layer", "head", "neuron")
+    return table.drop(columns=[name for name in table.columns if name in optional and name not in kept])
 
 
 def _part(line: Mapping[str, Any]) -> str:

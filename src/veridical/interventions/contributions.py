@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,20 @@ class Facts:
 def examine(model: HookedModel) -> Facts:
     """How the blocks of `model` are put together, told by its sites and by a pass over two short rows.
 
+    A handle is examined once, as its sites are checked once at load.
+
     Raises:
         ModelError: The stream is not the sum of its parts, or the sites are not known.
     """
+    if model not in _EXAMINED:
+        _EXAMINED[model] = _examined(model)
+    return _EXAMINED[model]
+
+
+_EXAMINED: WeakKeyDictionary[HookedModel, Facts] = WeakKeyDictionary()
+
+
+def _examined(model: HookedModel) -> Facts:
     places, layers = model.architecture.places, range(model.n_layers)
     for kind in ("resid_pre", "z", "q", "k", "v", "attn_out", "resid_post"):
         absent = [layer for layer in layers if Site(kind, layer) not in places]
@@ -57,7 +69,7 @@ def examine(model: HookedModel) -> Facts:
     kinds = ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
     sites = [site for site in places if site.kind in kinds]
     with undisturbed(model.model), torch.no_grad():
-        values = model.run(model.dummy_inputs(), read=sites).values
+        values = model.run(model.dummy_inputs(positions=3), read=sites, stop=True).values
         whole = False
         for layer in layers:
             found = {kind: values.get(Site(kind, layer).name) for kind in kinds}

@@ -40,13 +40,14 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError, ModelError, NonFiniteError
+from veridical.hooks import Place, Reads, attached
 from veridical.interventions.attribution import Attribution, selected
 from veridical.interventions.contributions import linear_map, output_projection, sender_site, sender_sites
 from veridical.interventions.gradients import differentiable, forward, leaves, measure, measured, pulled
 from veridical.interventions.graph import Graph, Node
 from veridical.interventions.runs import Batch, Runs
 from veridical.progress import bar
-from veridical.sites import Site
+from veridical.sites import RAW, Site
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -177,12 +178,13 @@ def _score_batch(
     assert theirs is not None
     walk = Walk(model, graph)
     with differentiable(model.model):
-        run = forward(model, batch.base, metric, walk.sites, leaves(model, [Site("resid_pre", 0)]))
+        with attached(walk.projections, {}) as inside:
+            run = forward(model, batch.base, metric, walk.sites, leaves(model, [Site("resid_pre", 0)]))
         found = measured(run, metric)
         last = Site("resid_post", graph.n_layers - 1).name
         (end,) = pulled(model, run, metric, found, [run.values[last]])
-        values = run.values
-        run.output = None
+        values = {**run.values, **inside.values}
+        run.values, run.output, inside.values = {}, None, {}
     if end is None:
         raise ModelError(f"the metric {metric.name} does not depend on {last}")
     differences = Differences(model, graph, batch, values, other.values)
@@ -222,7 +224,7 @@ class Walk:
 
     def __init__(self, model: HookedModel, graph: Graph) -> None:
         self.model, self.graph = model, graph
-        self.inputs = [_projection_input(model, layer) for layer in range(graph.n_layers)]
+        self.projections = _projections(model)
 
     @property
     def sites(self) -> list[Site]:
@@ -233,7 +235,6 @@ class Walk:
             if self.graph.has_mlp[layer]:
                 kinds += ["mlp_out"] if self.graph.parallel[layer] else ["resid_mid", "mlp_out"]
             sites += [Site(kind, layer) for kind in kinds]
-            sites += [site for site in [self.inputs[layer]] if site is not None]
         return list(dict.fromkeys(sites))
 
     def back(self, values: dict[str, Tensor], end: Tensor) -> Iterator[Arrived]:
@@ -246,24 +247,20 @@ class Walk:
         graph = self.graph
         yield [self._named(graph.receivers[-1], end[None])]
         for layer in reversed(range(graph.n_layers)):
-            own = {kind: values.pop(Site(kind, layer).name, None) for kind in _OF_BLOCK}
-            stream = own["resid_pre"]
-            assert stream is not None
-            middle = end
+            sites = {kind: Site(kind, layer).name for kind in _OF_BLOCK}
+            own = {kind: values.pop(name) for kind, name in sites.items() if name in values}
+            stream, out, middle = own["resid_pre"], own["attn_out"], end
             if graph.has_mlp[layer]:
                 reads = stream if graph.parallel[layer] else own["resid_mid"]
-                (into,) = torch.autograd.grad(own["mlp_out"], reads, end.to(own["mlp_out"].dtype))
+                (into,) = torch.autograd.grad([own["mlp_out"]], [reads], [end.to(own["mlp_out"].dtype)])
                 yield [self._named(Node("mlp", layer, port="in"), into[None])]
                 if graph.parallel[layer]:
                     end = end + into
                 else:
                     middle = end = end + into
             heads = [own[kind] for kind in "qkv"]
-            out = own["attn_out"]
-            assert out is not None
-            gradients = torch.autograd.grad(out, heads, middle.to(out.dtype), retain_graph=True)
-            site = self.inputs[layer]
-            normed = None if site is None else values.pop(site.name)
+            gradients = torch.autograd.grad([out], heads, [middle.to(out.dtype)], retain_graph=True)
+            normed = values.pop(_projected(layer).name, None)
             total = torch.zeros_like(end)
             for port, value, gradient in zip("qkv", heads, gradients):
                 for first, part in self._pulled_back(layer, port, value, gradient, normed, stream):
@@ -315,10 +312,13 @@ class Walk:
 _OF_BLOCK = ("resid_pre", "q", "k", "v", "attn_out", "resid_mid", "mlp_out")
 
 
-def _projection_input(model: HookedModel, layer: int) -> Site | None:
-    """What the query, key and value projections of a layer read, as a raw site; None in TransformerLens."""
-    place = model.place(Site("q", layer))
+def _projections(model: HookedModel) -> Reads:
+    """Reads of what each layer's query, key and value projections take; none in TransformerLens."""
     if model.architecture.model_type in ("HookedTransformer", "TransformerBridge"):
-        return None
-    paths = {id(module): name for name, module in model.model.named_modules()}
-    return Site.parse(f"{paths[id(place.module)]}:in")
+        return {}
+    modules = {layer: model.place(Site("q", layer)).module for layer in range(model.n_layers)}
+    return {_projected(layer): (Place(module, "in"), None) for layer, module in modules.items()}
+
+
+def _projected(layer: int) -> Site:
+    return Site(RAW, path=f"projections.{layer}:in")

@@ -86,7 +86,8 @@ def forward(
     write: Write | None = None,
 ) -> Run:
     """A pass that reads `sites` and what the metric reads, with no more logits than it needs."""
-    given, read = dict(inputs), list(sites)
+    given: dict[str, Any] = dict(inputs)
+    read = list(sites)
     keep = 1 if metric is None else metric.keep
     if metric is not None and metric.site is not None:
         read = list(dict.fromkeys([*read, Site.parse(metric.site)]))

@@ -64,7 +64,7 @@ def score_paths(
             found.add(":base", own)  # type: ignore[arg-type]
             for site in sites:
                 ends = _ends(batch, site, run.values[site.name], source, baseline)
-                _score(model, runs, batch, site, ends, steps, neurons, found, first=number == 0)
+                _score(model, runs, metric, batch, site, ends, steps, neurons, found, first=number == 0)
                 shown.update(1)
     return found
 
@@ -95,6 +95,7 @@ def _ends(
 def _score(
     model: HookedModel,
     runs: Runs,
+    metric: Metric,
     batch: Batch,
     site: Site,
     ends: Ends,
@@ -110,13 +111,12 @@ def _score(
     average = torch.zeros_like(change)
     for begin in range(0, steps, together):
         part = slice(begin, begin + together)
-        slope = _slopes(model, runs, batch, site, ends, places[part], first=first and begin == 0)
+        slope = _slopes(model, metric, batch, site, ends, places[part], first=first and begin == 0)
         if slope is not None:
             scaled = torch.as_tensor(weights[part], dtype=change.dtype, device=change.device)
             average += torch.einsum("n,n...->...", scaled, slope.to(change))
     scores = change * average
     found.add(site.name, reduced(site, scores, neurons))
-    metric = runs.metric_for(model, batch)
     near, far = (
         _metric_at(model, batch, site, value, metric) for value in (start, (start + change).to(start.dtype))
     )
@@ -127,7 +127,7 @@ def _score(
 
 def _slopes(
     model: HookedModel,
-    runs: Runs,
+    metric: Metric,
     batch: Batch,
     site: Site,
     ends: Ends,
@@ -140,7 +140,8 @@ def _slopes(
     at = torch.as_tensor(places, dtype=change.dtype, device=change.device)
     at = at.view(-1, *[1] * change.dim())
     points = (start.to(change) + at * change).to(start.dtype).flatten(0, 1)
-    metric = runs.metric_for(model, batch, copies=len(places))
+    rows = len(batch.rows)
+    metric = metric.take(torch.arange(rows).repeat(len(places)), rows)
     with differentiable(model.model):
         points.requires_grad_()
         inputs = rows_of(batch.base, len(places))

@@ -137,16 +137,15 @@ class Runs:
                 aligned=bool((valid & (matched != places)).any()),
             )
 
-    def metric_for(self, model: HookedModel, batch: Batch, copies: int = 1) -> Metric:
-        """The metric for `copies` copies of a batch; a "kl" is from the batch's clean run."""
+    def metric_for(self, model: HookedModel, batch: Batch) -> Metric:
+        """The metric of a batch's rows; a "kl" is from the batch's clean run."""
         from veridical.interventions.gradients import measure
 
-        taken = self.metric.take(batch.rows.repeat(copies), len(self.inputs))
+        taken = self.metric.take(batch.rows, len(self.inputs))
         if taken.name != "kl" or taken.function is not None:
             return taken
         plain = Metric("reference", lambda logits: logits[:, -1].sum(-1))
-        logits = measure(model, batch.clean, plain)[1].logits
-        return taken.with_reference(logits.repeat(copies, *[1] * (logits.dim() - 1)))
+        return taken.with_reference(measure(model, batch.clean, plain)[1].logits)
 
     def labels(self) -> list[list[str]]:
         """Text at each base position; where the other run has another token, both: "clean | corrupt"."""
