@@ -9,10 +9,13 @@ from veridical.sites import Site
 class Slow:
     """Edges of one model between two batches of equal shape, each value found by a full run of its own."""
 
-    def __init__(self, model, base, other, at=None):
+    def __init__(self, model, base, other, at=None, partner=None):
         self.model, self.graph = model, Graph.of(model)
         self.base, self.inputs = self.contributions(base, {}), base
         self.other = self.contributions(other, {})
+        if partner is not None:  # for each position of the base, the other run's
+            index = torch.arange(len(partner))[:, None], partner.clamp(min=0)
+            self.other = {node: value[index] for node, value in self.other.items()}
         first = next(iter(self.other.values()))
         self.at = torch.ones(first.shape[:2], dtype=torch.bool) if at is None else at
 

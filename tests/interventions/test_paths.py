@@ -2,6 +2,8 @@
 
 import random
 import re
+import subprocess
+import sys
 import warnings
 
 import micro
@@ -13,6 +15,7 @@ from rewiring_oracle import Slow
 import veridical as vd
 from tiny_models import TINY, make
 from veridical.errors import InputError, ModelError, UnknownNameError
+from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Metric
 from veridical.interventions.paths import patch_paths
 
@@ -118,8 +121,9 @@ def test_every_edge_is_the_other_run_and_no_edge_is_this_one(case, name, directi
 
 def test_clean_into_clean_changes_nothing_edge_by_edge(case):
     model, clean, _, _ = case("llama")
-    found = patch_paths(model, clean, clean, metric=metric, edges="*")
-    np.testing.assert_allclose(found.effects, 0, atol=1e-12)
+    with pytest.warns(UserWarning, match="no patch changed the metric"):
+        found = patch_paths(model, clean, clean, metric=metric, edges="*")
+    np.testing.assert_array_equal(found.effects, 0)
 
 
 def test_every_path_at_once_is_the_other_run():
@@ -160,6 +164,24 @@ def test_positions(case, position):
                 close("llama", found.values[i], metric(slow.edges({edge})))
     finally:
         slow.at = mask
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_texts_of_unequal_length(direction):
+    """Aligned by token: what has no partner stays as it is."""
+    model = vd.load(make("llama").double(), check=False)
+    clean, corrupt = [[5, 9, 17, 40], [5, 6, 7, 8]], [[5, 9, 23, 17, 41, 40], [5, 6, 8]]
+    inputs = Inputs.of(model, clean, corrupt, "token")
+    inputs = inputs.swapped() if direction == "denoising" else inputs
+    names = ["embed->head.1.0:k", "head.0.1->head.1.1:v", "mlp.1->logits"]
+    given = {"metric": metric, "align": "token", "direction": direction}
+    found = patch_paths(model, clean, corrupt, edges=[[name] for name in names] + [names], **given)
+    with torch.no_grad():
+        slow = Slow(model, inputs.clean, inputs.corrupt, inputs.matched >= 0, inputs.matched)
+        for i, chosen in enumerate([*([name] for name in names), names]):
+            close("llama", found.values[i], metric(slow.edges(set(chosen))))
+    with pytest.raises(InputError, match="align"):
+        patch_paths(model, clean, corrupt, metric=metric, edges=names)
 
 
 def test_right_padded_rows_give_the_same():
@@ -300,6 +322,7 @@ def llama(hooked):
         ({"senders": "mlp.2", "receivers": "mlp.1"}, "there is no edge from mlp.2 to mlp.1"),
         ({"edges": "*", "direction": "both"}, "expected 'denoising' or 'noising'"),
         ({"edges": "*", "positions": [9]}, "position 9 lies outside row 0, which has 5 tokens"),
+        ({"edges": "*", "batch_tokens": 0}, "expected a number of at least 1"),
         ({"edges": "*", "positions": "last"}, "expected token numbers"),
     ],
 )
@@ -319,6 +342,11 @@ def test_refused_in_one_line(llama, given, match):
 )
 def test_unknown_nodes_name_the_nearest(llama, given, match):
     refused(UnknownNameError, match, **given)
+
+
+def test_a_metric_that_returns_a_scalar_is_refused(hooked):
+    with pytest.raises(InputError, match="returned a scalar; expected one number for each row"):
+        patch_paths(hooked("llama"), CLEAN, CORRUPT, metric=lambda x: x[:, -1, 0].mean(), edges="*")
 
 
 def test_models_that_do_not_add_up_are_refused(hooked):
@@ -432,6 +460,16 @@ def test_one_row_has_no_interval(hooked):
     found = patch_paths(hooked("llama"), [[5, 9, 17]], [[6, 9, 17]], metric=metric, edges="mlp.0->logits")
     assert np.isnan(found.to_frame()["effect_low"]).all()
     assert "one row, so there are no intervals" in " ".join(found.findings())
+
+
+def test_these_modules_leave_the_packages_functions_in_place():
+    """A module with the name of a function, once imported, stands in the function's place."""
+    code = (
+        "import veridical.interventions as x, veridical.interventions.circuit\n"
+        "import veridical.interventions.paths\n"
+        "assert all(callable(getattr(x, name)) for name in ('patch', 'ablate', 'attribute'))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_saved_and_loaded(hooked, tmp_path):

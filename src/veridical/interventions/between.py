@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from veridical.errors import InputError
+from veridical.interventions.condition import warn_of_training
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
+<<<<<<< HEAD
 from veridical.interventions.patching import warn_of_training
+=======
+>>>>>>> s4-d
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
@@ -54,6 +58,8 @@ class Between:
     ) -> None:
         if direction not in ("denoising", "noising"):
             raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise InputError(f"batch_tokens is {batch_tokens!r}; expected a number of at least 1")
         self.model = model = loaded(model)
         warn_of_training(model)
         self.graph = Graph.of(model)
@@ -85,7 +91,7 @@ class Between:
     def run(self, work: Callable[[Rewiring], Tensor], rows: Sequence[int] | None = None) -> np.ndarray:
         """What `work` gives for each batch of rows, `[..., rows]` float64, all batches joined."""
         with torch.no_grad():
-            parts = [work(rewiring).double().cpu().numpy() for rewiring in self.rewirings(rows)]
+            parts = [work(rewiring).cpu().double().numpy() for rewiring in self.rewirings(rows)]
         return np.concatenate(parts, axis=-1)
 
     def ends(self, rows: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

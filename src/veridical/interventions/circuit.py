@@ -115,7 +115,7 @@ def find_circuit(
         given = (
             [edge for item in as_edges(between.graph, edges) for edge in item] if edges is not None else None
         )
-        search.rank(method, clean, corrupt, align, answers, wrong, progress)
+        search.rank(method, clean, corrupt, align, progress)
         if given is not None:
             chosen = connected(between.graph, given)
         elif keep is not None:
@@ -148,16 +148,7 @@ class _Search:
                 f"({self.clean.mean():.4g} on average), so there is nothing that a circuit could explain"
             )
 
-    def rank(
-        self,
-        method: str,
-        clean: Any,
-        corrupt: Any,
-        align: Any,
-        answers: Any,
-        wrong: Any,
-        progress: bool | None,
-    ) -> None:
+    def rank(self, method: str, clean: Any, corrupt: Any, align: Any, progress: bool | None) -> None:
         """Sorts edges by the size of their mean score over the choosing rows; a score is what the edge adds
         to the metric."""
         if method == "exact":
@@ -168,8 +159,7 @@ class _Search:
 
             found = attribute(
                 self.between.model, clean, corrupt, metric=self.between.metric, method="edges",
-                direction="noising", align=align, answers=answers, wrong=wrong, progress=progress,
-                batch_tokens=self.between.batch_tokens,
+                direction="noising", align=align, progress=progress, batch_tokens=self.between.batch_tokens,
             )  # fmt: skip
             assert found.edge_scores is not None
             ends = [

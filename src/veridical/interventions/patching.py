@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError
+from veridical.interventions.condition import carries_hooks, warn_of_training
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Answers, Metric, as_metric
 from veridical.interventions.patched import Patched
@@ -210,12 +211,6 @@ class _Part:
         return Link(rows, base, source, same)
 
 
-def carries_hooks(model: HookedModel) -> bool:
-    """Whether any module has forward hooks, which may tell rows and positions apart."""
-    modules: Any = model.model.modules()
-    return any(part._forward_hooks or part._forward_pre_hooks for part in modules)
-
-
 def _items(model: HookedModel, sites: Sequence[Site], heads: Any, count: int) -> list[Item]:
     if heads is not None and not any(site.kind in (*HEAD_KINDS, "pattern") for site in sites):
         raise InputError(
@@ -292,16 +287,6 @@ def _text(inputs: Inputs, columns: Tensor) -> str:
         if bool(places.any())
     }
     return found.pop() if len(found) == 1 else ""
-
-
-def warn_of_training(model: HookedModel) -> None:
-    """Warns of dropout that makes every run another."""
-    active = any(isinstance(m, torch.nn.Dropout) and m.p > 0 and m.training for m in model.model.modules())
-    if active:
-        warnings.warn(
-            f"{model.path} is in training mode with dropout, so effects hold its noise; call .eval() first",
-            stacklevel=3,
-        )
 
 
 def _warn_of_no_effect(metric: Metric, names: Sequence[str]) -> None:

@@ -69,6 +69,7 @@ class Pass:
         self.of, self.variants = rewiring, variants
         self.model, self.count = rewiring.model, len(variants)
         self.end = until if until is not None else rewiring.metric_site
+        self.judged = until is None
         self.slots = self._planned()
         self.start = min((layer for _, layer in self.slots), default=0)
         used = {node for slots in self.slots.values() for slot in slots for node in slot.senders}
@@ -195,10 +196,9 @@ class Pass:
                     others.append(node)
             if others:
                 rest.append(_Slot(slot.variant, slot.senders, slot.added, others))
-        sites = [
-            Site(port, layer) for port in "qkv" if any(n.port == port for s in rest for n in s.receivers)
-        ]
-        for slot, values in self._rerun(layer, Site("resid_pre", layer), sites, rest, stream):
+        # Sorted, so that those run together need few of the three.
+        rest.sort(key=lambda slot: max(str(node.port) for node in slot.receivers), reverse=True)
+        for slot, values in self._rerun(layer, Site("resid_pre", layer), rest, stream):
             for node in slot.receivers:
                 site = Site(str(node.port), layer)
                 self.found[site].append((slot, node, values[site][..., node.head, :]))
@@ -215,7 +215,7 @@ class Pass:
         for slot in slots:
             if slot not in rest:
                 self._set(slot, slot.receivers[0], apart[slot.variant], self.of.other[site])
-        for slot, values in self._rerun(layer, entry, [site], rest, self.streams[entry]):
+        for slot, values in self._rerun(layer, entry, rest, self.streams[entry]):
             self._set(slot, slot.receivers[0], apart[slot.variant], values[site])
         return value
 
@@ -228,7 +228,7 @@ class Pass:
         return value
 
     def _stop(self, value: Tensor) -> None:
-        self.result = value if self.end != self.of.metric_site else value[:, -1].flatten(1)
+        self.result = value[:, -1].flatten(1) if self.judged else value
         raise Stop
 
     # Parts
@@ -277,9 +277,10 @@ class Pass:
         total[list(chosen)] += torch.tensordot(torch.tensor(sends).to(changes), changes, dims=1)
 
     def _rerun(
-        self, layer: int, entry: Site, sites: Sequence[Site], slots: Sequence[_Slot], stream: Tensor
+        self, layer: int, entry: Site, slots: Sequence[_Slot], stream: Tensor
     ) -> Iterator[tuple[_Slot, dict[Site, Tensor]]]:
-        """Runs a block from each slot's changed input at `entry`, up to `sites`; yields their values by slot.
+        """Runs a block from each slot's changed input at `entry`, up to what its receivers make of it; yields
+        the values by slot.
 
         As many slots run together as there are variants: their rows then fit the block's other inputs
         (masks, positions), which are the same for every variant.
@@ -290,6 +291,8 @@ class Pass:
             given = apart[[slot.variant for slot in part] + [0] * (self.count - len(part))]
             given[: len(part)] = _added(given[: len(part)], self._changes(part))
             given = given.flatten(0, 1)
+            ports = {node.port for slot in part for node in slot.receivers}
+            sites = [Site("mlp_out" if port == "in" else str(port), layer) for port in sorted(ports, key=str)]
             reads = {site: (self.model.place(site), None) for site in sites}
             writes = {entry: (self.model.place(entry), lambda _, given=given: given)}
             self.rerunning = True
