@@ -8,10 +8,10 @@ model's own norm and head (`readout`), `tuned` after a trained map, and `direct`
 part of the model adds to it.
 
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
-texts of unequal length. `patch` (in `patching`) sweeps activation patches over sites, layers, positions and heads (`places`):
-`sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
-(`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
-`heat_maps` draws it.
+texts of unequal length. `patch` in `patching` sweeps patches over sites, layers, positions and heads
+(`places`): `sweep` says which runs that needs, `suffix` makes them, running only what lies above and
+behind a patch (`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched`
+is the result, `heat_maps` draws it.
 
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
 has what each part adds. `attribute` scores parts by `gradients` between two `runs`: linearly, along a path
@@ -21,13 +21,6 @@ has what each part adds. `attribute` scores parts by `gradients` between two `ru
 `rewire` makes (`rewired_pass`); `patched_paths` is the result. `find_circuit` in `circuit` keeps the edges
 that explain a metric and checks them; `connected` says which edges lead somewhere, `circuit_result` is the
 result, `circuit_figures` draws it.
-
-`metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
-texts of unequal length.
-
-`patch` sweeps activation patches over sites, layers, positions and heads (`places`): `sweep` says which
-runs that needs, `suffix` makes them, running only what lies above and behind a patch (`prefix` holds the
-key/value caches, `bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
 """
 
 from __future__ import annotations
@@ -37,7 +30,7 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
-    from veridical.interventions.ablate import Ablation, ablate
+    from veridical.interventions.ablation import Ablation, ablate
     from veridical.interventions.attributing import attribute
     from veridical.interventions.attribution import Attribution
     from veridical.interventions.circuit import find_circuit
@@ -49,15 +42,15 @@ if TYPE_CHECKING:
     from veridical.interventions.lenses import logit_lens
     from veridical.interventions.means import Means, mean_activations
     from veridical.interventions.metrics import Metric, ProbeMetric, as_metric
-    from veridical.interventions.patch import patch
     from veridical.interventions.patched import Patched
     from veridical.interventions.patched_paths import PatchedPaths
+    from veridical.interventions.patching import patch
     from veridical.interventions.paths import patch_paths
     from veridical.interventions.tuned import tuned_lens
     from veridical.interventions.tuned_result import TunedLens
 
 _HOME = {
-    "Ablation": "ablate",
+    "Ablation": "ablation",
     "Attribution": "attribution",
     "Circuit": "circuit_result",
     "DirectLogits": "direct",
@@ -72,14 +65,14 @@ _HOME = {
     "PatchedPaths": "patched_paths",
     "ProbeMetric": "metrics",
     "TunedLens": "tuned_result",
-    "ablate": "ablate",
+    "ablate": "ablation",
     "as_metric": "metrics",
     "attribute": "attributing",
     "direct_logits": "direct",
     "find_circuit": "circuit",
     "logit_lens": "lenses",
     "mean_activations": "means",
-    "patch": "patch",
+    "patch": "patching",
     "patch_paths": "paths",
     "tuned_lens": "tuned",
 }

@@ -14,10 +14,6 @@ from veridical.interventions.condition import warn_of_training
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
-<<<<<<< HEAD
-from veridical.interventions.patching import warn_of_training
-=======
->>>>>>> s4-d
 from veridical.interventions.rewire import Rewiring
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint

@@ -19,10 +19,6 @@ from torch import Tensor
 from veridical.interventions.condition import carries_hooks
 from veridical.interventions.contributions import output_projection, sender_site, sender_sites
 from veridical.interventions.graph import Graph, Node
-<<<<<<< HEAD
-from veridical.interventions.patching import carries_hooks
-=======
->>>>>>> s4-d
 from veridical.interventions.rewired_pass import Pass, Variant, exact, layer_of
 from veridical.interventions.suffix import noted
 from veridical.sites import Site
