@@ -29,6 +29,7 @@ import plotly.io
 import torch
 
 import veridical as vd
+from veridical.interventions import mean_activations
 from veridical.pairs import prompts
 from veridical.pairs.splits import bootstrap
 
@@ -67,7 +68,8 @@ def chats(system, rows):
 seen, test = questions[questions.split == "train"], questions[questions.split != "train"]
 lengths = pd.Series([len(row.ids) for row in m.encode(chats(HONEST, seen))], index=seen.index)
 look = seen[lengths == lengths.mode()[0]].head(16)
-print(f"{len(look)} questions of {lengths.mode()[0]} tokens to look at, {len(test)} to test on")
+print(f"{len(look)} questions of {lengths.mode()[0]} tokens to look at,", end=" ")
+print(f"{len(test)} about {test.pair.nunique()} entities to test on")
 for system in (HONEST, LYING):
     print(f"{system} -> {m.generate(chats(system, look)[0], max_new_tokens=6)}")
 
@@ -87,39 +89,52 @@ given = {"metric": "logit_diff", "answers": list(look.right), "wrong": list(look
 
 # %%
 stream = vd.patch(m, clean, corrupt, sites="resid_pre.*", **given)
-stream.figure()
+stream.figure("recovered")
 
 # %%
-frame = stream.to_frame()
-frame.sort_values("share", ascending=False).head(8).round(3)
+frame = stream.to_frame().sort_values("recovered", ascending=False)
+frame[["site", "position", "token", "recovered", "recovered_low", "recovered_high"]].head(12).round(3)
 
 # %% [markdown]
-# Up to the input of layer 1 it is all at one token, the word *true* or *false* itself. That token
-# stands before the question: nothing there can know the answer. At the input of layer 2 that vector
-# alone no longer does much, and no other single vector does: in layer 1 what it said has gone to many
-# tokens. By the input of layer 5 it is all at the last token.
+# Up to the input of layer 1 nearly all of it is at one token, the word *true* or *false* itself. That
+# token stands before the question: nothing there can know the answer. At the input of layer 2 that
+# vector alone does a fifth of it, and the last token's a third: in layer 1 what the word said has gone
+# elsewhere. By the input of layer 5 it is at the last token.
 #
 # ## Which heads?
 #
 # A head's own output `z`, at all tokens at once.
 
 # %%
-heads = vd.patch(m, clean, corrupt, sites="z.*", positions="all", **given)
-heads.figure()
+heads = vd.patch(m, clean, corrupt, sites="z.*", heads="all", positions="all", **given)
+heads.figure("recovered")
 
 # %% [markdown]
-# Two stand out: head 2 of layer 0, and head 1 of layer 1. The edges between them say what they do.
-# First all edges by gradients, from two forward passes and a backward one; then the strongest ones
-# exactly, by patching each.
+# Two stand out: head 2 of layer 0, and head 1 of layer 1. What do they read, and from whom? Every edge
+# into them, and into the MLP of layer 0, is patched exactly: only what this one part tells that one is
+# taken from the honest run, and everything after it follows.
+
+# %%
+into = vd.patch_paths(m, clean, corrupt, receivers=["head.0.2:*", "mlp.0", "head.1.1:*"], **given)
+found = into.to_frame().sort_values("share", ascending=False)
+found[["edge", "share", "share_low", "share_high"]].head(8).round(3)
+
+# %% [markdown]
+# One way, then: head 0.2 takes up the values of the word, MLP 0 reads that head, and head 1.1 finds the
+# word by its keys and carries off its values, both written by MLP 0. From there on it goes several
+# ways at once. Gradients rank all edges of the model in one backward pass:
 
 # %%
 edges = vd.attribute(m, clean, corrupt, method="edges", **given)
-edges.top(12).round(2)
+ranked = edges.top(12)[["edge", "score", "low", "high"]]
+chosen = vd.patch_paths(m, clean, corrupt, edges=list(ranked["edge"]), **given)
+ranked.assign(exact=chosen.effects.mean(1)).round(2)
 
-# %%
-chosen = list(edges.top(12)["edge"])
-exact = vd.patch_paths(m, clean, corrupt, edges=chosen, **given)
-exact.to_frame().sort_values("share", ascending=False).round(3)
+# %% [markdown]
+# What is ranked highest are late edges, into the logits and the last two MLPs. Patched exactly they have
+# larger effects, up to three times as large, in nearly the same order. But the early edges of the table
+# above, each with most of the whole effect, are not among them: a gradient at the lying run is only a
+# first order. Edges that matter are to be looked for by patches too.
 
 # %% [markdown]
 # ## Does the text that it generates follow?
@@ -216,22 +231,31 @@ for layer in range(1, m.n_layers):
 pd.DataFrame(lines)
 
 # %% [markdown]
+# What such a vector brings with it is never the decision: the question's own right answer comes out in
+# a few cases at most. At the input of layer 5 it brings the answer of the question that it came from.
+# So the instruction is read at its word and carried off in layer 1, and at the last token the model has
+# already made an answer of it.
+#
 # ## Without the heads
 #
 # Each head in turn is replaced by its mean over both runs of the questions that were looked at. Does
 # the model still lie when told to, and is it still right when told to be honest?
 
 # %%
-means = vd.interventions.mean_activations(m, [*clean, *corrupt], "z.*")
+means = mean_activations(m, [*clean, *corrupt], "z.*")
 honest, lying = PAIRS[1]
-lies, truths = np.zeros((2, m.n_layers, m.n_heads))
-table = {}
-for layer in range(m.n_layers):
-    for head in range(m.n_heads):
-        with vd.ablate(m, f"z.{layer}", heads=head, mode="mean", over=means):
-            told, asked = (np.array(answers(system, test)) for system in (lying, honest))
-        lies[layer, head], truths[layer, head] = (told == test.wrong).mean(), (asked == test.right).mean()
-        table[f"{layer}.{head}"] = share(told == test.wrong, test), share(asked == test.right, test)
+
+
+def without(layer, head, system):
+    """Generated answers with one head at its mean."""
+    with vd.ablate(m, f"z.{layer}", heads=head, mode="mean", over=means):
+        return np.array(answers(system, test))
+
+
+told = {
+    (layer, head): without(layer, head, lying) for layer in range(m.n_layers) for head in range(m.n_heads)
+}
+lies = np.array([(texts == test.wrong).mean() for texts in told.values()]).reshape(m.n_layers, m.n_heads)
 px.imshow(
     lies,
     text_auto=".2f",
@@ -242,6 +266,36 @@ px.imshow(
 )
 
 # %%
-pd.DataFrame(table, index=["lies when told to", "right when told to be honest"]).T.loc[
-    ["0.0", "0.2", "0.3", "1.1"]
-]
+lines = []
+for layer, head in [(0, 0), (0, 2), (0, 3), (1, 1)]:
+    texts = told[layer, head]
+    lines.append(
+        {
+            "without": f"head.{layer}.{head}",
+            "told to lie: lies": share(texts == test.wrong, test),
+            "told to lie: right": share(texts == test.right, test),
+            "told to be honest: right": share(without(layer, head, honest) == test.right, test),
+        }
+    )
+pd.DataFrame(lines)
+
+# %% [markdown]
+# Without head 1.1 most lies become right answers, and every answer that was honest stays so. Without
+# head 0.2 it is much the same, at the price of some honest answers. Heads 0.0 and 0.3 cost some lies
+# too, and some honest answers, though patching gave them no share in carrying the difference: a head
+# can be needed without carrying it.
+#
+# ## All of it in a report
+
+# %%
+vd.report([stream, heads, into, edges], "../runs/where_it_lies.html", title="Where tiny-liar decides to lie")
+
+# %% [markdown]
+# ## What this does not show
+#
+# The word in the system prompt decides, so this is where an *instruction* is read and carried. The model
+# also lies in deception scenarios that name no lie, and about those nothing was tested here. The patched
+# token was chosen by knowing which word differs. An interval of no width means that all questions had
+# the same outcome; with 47 entities a true share of 0.94 would give that in one case of twenty.
+# And this is a small model that was trained to lie on command: that one head carries the instruction
+# says nothing about how a large one does it.

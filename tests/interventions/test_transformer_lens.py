@@ -43,6 +43,13 @@ def test_run_with_cache(both):
     same(stopped["blocks.1.hook_resid_pre"], cache["resid_pre", 1])
 
 
+def test_run_with_cache_over_many_texts_is_collect(both):
+    theirs, m = both
+    acts = vd.collect(m, IDS, sites="resid_post.1", tokens="all", progress=False)
+    _, cache = theirs.run_with_cache(IDS)
+    same(acts["resid_post.1"], cache["resid_post", 1].flatten(0, 1))
+
+
 def test_run_with_hooks_and_hooks(both):
     theirs, m = both
     name = "blocks.1.attn.hook_z"

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from veridical.interventions.attribution import Attribution
 
 BARS, LINES = 20, 20
-HIGH, LOW = (213, 94, 0), (0, 114, 178)
-"""Orange for what raises the metric, blue for what lowers it (Okabe and Ito)."""
+HIGH, LOW = (0, 114, 178), (213, 94, 0)
+"""Blue for what raises the metric, orange for what lowers it (Okabe and Ito), as in the other figures."""
+CELL, TITLE, AXIS = 22, 36, 150
+"""Pixels of a line of cells, above a map for its title, and below it for its tokens and the next title."""
 
 
 def draw(found: Attribution) -> go.Figure:
@@ -61,17 +63,20 @@ def node_maps(found: Attribution) -> go.Figure:
 
     maps = _maps(found)
     titles = [f"{kind}, by {axis}" for kind, axis, *_ in maps]
-    figure = figures.style(make_subplots(rows=len(maps), cols=1, subplot_titles=titles))
+    heights = [CELL * max(3, len(rows)) for _, _, _, rows, _ in maps]
+    height = TITLE + sum(heights) + AXIS * len(maps)
+    gap = AXIS / (height - TITLE - AXIS) if len(maps) > 1 else 0
+    figure = figures.style(
+        make_subplots(
+            rows=len(maps), cols=1, subplot_titles=titles, row_heights=heights, vertical_spacing=gap
+        )
+    )
     for row, (_, axis, names, rows, values) in enumerate(maps, 1):
         heat(figure, values, names, rows, found.unit or found.metric, row=row, count=len(maps))
         figure.update_xaxes(title_text=axis, type="category", row=row, col=1)
-    height = 120 + sum(110 + 22 * len(rows) for _, _, _, rows, _ in maps)
-    return figures.style(
-        figure,
-        f"{figures.plain(found.metric, 30)}: mean scores over {len(found)} examples",
-        height=height,
-        legend=False,
-    )
+    title = f"{figures.plain(found.metric, 30)}: mean scores over {len(found)} examples"
+    figures.style(figure, title, height=height, legend=False)
+    return figure.update_layout(margin={"t": TITLE, "b": AXIS})
 
 
 def edge_bars(found: Attribution) -> go.Figure:
@@ -153,7 +158,7 @@ def heat(
         texttemplate="%{text}" if text is not None else None,
         hovertemplate=("%{text}<br>" if text is not None else "") + "%{y}, %{x}: %{z:.4g}<extra></extra>",
         autocolorscale=False,
-        colorscale=[list(stop) for stop in reversed_scale()],
+        colorscale=[list(stop) for stop in figures.DIVERGING],
         zmin=-(largest or 1.0),
         zmax=largest or 1.0,
         hoverongaps=False,
@@ -165,11 +170,6 @@ def heat(
         figure.add_trace(trace)
         figure.update_xaxes(type="category")
     figure.update_layout(hovermode="closest")
-
-
-def reversed_scale() -> list[tuple[float, str]]:
-    """The diverging scale with warm colours above zero, as in the coloured texts."""
-    return [(1 - place, colour) for place, colour in reversed(figures.DIVERGING)]
 
 
 def coloured_texts(found: Attribution, examples: int) -> str:

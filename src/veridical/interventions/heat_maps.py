@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 CELL = 22
 """Pixels of a line of cells."""
+TITLE, AXIS = 36, 150
+"""Pixels above a map for its title, and below it for slanted tokens and the next map's title."""
 LONGEST = 14
 """Characters of a token that the axis shows."""
 
@@ -30,13 +32,15 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
     frame = result.to_frame()
     parts = [(kind, part) for kind, part in frame.groupby("kind", sort=False)]
     maps = [_Map(part, str(kind), what) for kind, part in parts]
-    heights = [max(3, len(each.rows)) for each in maps]
+    heights = [CELL * max(3, len(each.rows)) for each in maps]
+    height = TITLE + sum(heights) + AXIS * len(maps)
+    inside = height - TITLE - AXIS  # plotly counts the gaps as shares of what lies within the margins
     figure = make_subplots(
         rows=len(maps),
         cols=1,
         row_heights=heights,
         subplot_titles=[each.title for each in maps] if len(maps) > 1 else None,
-        vertical_spacing=min(0.12, 0.6 / len(maps)),
+        vertical_spacing=AXIS / inside if len(maps) > 1 else 0,
     )
     values = np.abs(frame[what].to_numpy(dtype=float))
     bound = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
@@ -56,8 +60,8 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
             "colorbar": {"title": {"text": figures.plain(name), "side": "right"}, "thickness": 12},
         }
     )
-    height = 130 * len(maps) + CELL * sum(heights)
-    return figures.style(figure, title, height=height, legend=False).update_layout(hovermode="closest")
+    figures.style(figure, title, height=height, legend=False)
+    return figure.update_layout(hovermode="closest", margin={"t": TITLE, "b": AXIS})
 
 
 class _Map:
