@@ -232,7 +232,8 @@ def table(result: dict[str, Any]) -> str:
     head = "| sites | width | positions | patches | TransformerLens | ours | ratio (range) | asked | apart |"
     lines = [
         f"| {line['sites']}{' by head' if line['sites'] == 'z.*' else ''} | {line['width']} "
-        f"| {line['positions']} | {line.get('patches', '')} | {line.get('theirs_s', '')} s | {line['ours_s']} s "
+        f"| {line['positions']} | {line.get('patches', '')} | {line.get('theirs_s', '')} s "
+        f"| {line['ours_s']} s "
         f"| {line.get('ratio', '')} ({line.get('low', '')} to {line.get('high', '')}, "
         f"{line['turns']} turn{'s' if line['turns'] > 1 else ''}) "
         f"| {line['asked']} | {line.get('apart', '')} |"
