@@ -3,8 +3,8 @@
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
 texts of unequal length. `patch` sweeps activation patches over sites, layers, positions and heads (`places`):
 `sweep` says which runs that needs, `suffix` makes them, running only what lies above and behind a patch
-(`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched` is the result,
-`heat_maps` draws it.
+(`blockwise` passes blocks over or cuts them short, `prefix` holds the key/value caches, `bands` decides which
+patches share a start). `patched` is the result, `heat_maps` draws it.
 """
 
 from __future__ import annotations
