@@ -105,7 +105,7 @@ def measure(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]
     clean = torch.randint(5, VOCABULARY, (1, count), generator=random)
     corrupt = torch.randint(5, VOCABULARY, (1, count), generator=random)
     heads = "all" if case["sites"].startswith("z") else None
-    index = indices(count, heads is not None)[:: case["every"]]
+    index: pd.DataFrame = indices(count, heads is not None).iloc[:: case["every"]]
     setter = patching.layer_pos_head_vector_patch_setter if heads else patching.layer_pos_patch_setter
     with torch.no_grad():
         _, cache = lens.run_with_cache(clean)
@@ -193,8 +193,8 @@ def indices(positions: int, heads: bool) -> pd.DataFrame:
     """Every patch in our order, with the columns that TransformerLens's patching wants."""
     across = [range(LAYERS), range(LAYERS), range(positions)] if heads else [range(LAYERS), range(positions)]
     names = ["layer", "head_index", "pos"] if heads else ["layer", "pos"]
-    frame = pd.DataFrame(list(itertools.product(*across)), columns=names)
-    return frame[["layer", "pos", "head_index"]] if heads else frame
+    frame = pd.DataFrame(list(itertools.product(*across)), columns=pd.Index(names))
+    return frame.reindex(columns=["layer", "pos", *names[1:-1]])
 
 
 def difference(ours: Any, theirs: torch.Tensor, index: pd.DataFrame) -> float:

@@ -10,8 +10,8 @@ part of the model adds to it.
 `metrics` says what is measured (`logits -> [batch]`), `inputs` pairs clean and corrupt runs, with `align` for
 texts of unequal length. `patch` (in `patching`) sweeps activation patches over sites, layers, positions and
 heads (`places`): `sweep` says which runs that needs, `suffix` makes them, running only what lies above and
-behind a patch (`prefix` holds the key/value caches, `bands` decides which patches share a start). `patched`
-is the result, `heat_maps` draws it.
+behind a patch (`blockwise` passes blocks over or cuts them short, `prefix` holds the key/value caches,
+`bands` decides which patches share a start). `patched` is the result, `heat_maps` draws it.
 
 `graph` names what writes into the residual stream and what reads it, and the edges between; `contributions`
 has what each part adds. `attribute` scores parts by `gradients` between two `runs`: linearly, along a path

@@ -116,7 +116,7 @@ def patch(
     values = torch.cat(found, 1).double().numpy()
     base_values, source_values = (torch.cat(parts).double().numpy() for parts in (base, end))
     names = [item.site.short for item in items]
-    _warn_of_no_effect(judge, [names[n] for n in sorted(unreached)])
+    _warn_of_no_effect(judge, [names[n] for n in sorted(unreached - ran)])
     _warn_of_rounding(items, values, base_values, ran)
     return Patched(
         table=_table(items, there, inputs),

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from veridical.interventions.blockwise import noted
 from veridical.interventions.condition import carries_hooks
 from veridical.interventions.contributions import output_projection, sender_site, sender_sites
 from veridical.interventions.graph import Graph, Node
 from veridical.interventions.rewired_pass import Pass, Variant, exact, layer_of
-from veridical.interventions.suffix import noted
 from veridical.sites import Site
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from veridical.errors import ModelError
 from veridical.hooks import Stop, attached, missed, overridden
+from veridical.interventions.blockwise import handing_on
 from veridical.interventions.contributions import sender_site, sender_sites
 from veridical.interventions.graph import Node
-from veridical.interventions.suffix import handing_on
 from veridical.sites import Site
 
 if TYPE_CHECKING:

@@ -31,8 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from veridical.errors import ModelError
-from veridical.hooks import first_tensor, main_input, overridden, replaced
-from veridical.interventions.prefix import Filled, filling, prefix_cache, recording_cache
+from veridical.hooks import main_input, overridden
+from veridical.interventions.blockwise import (
+    handing_on,
+    last_tokens,
+    noted,
+    sliced,
+    substituted,
+    with_input,
+    with_output,
+)
+from veridical.interventions.prefix import prefix_cache, recording_cache
 from veridical.sites import Site
 
 if TYPE_CHECKING:
@@ -241,7 +250,7 @@ class Engine:
         examples = torch.arange(self.rows, device=base.mask.device).repeat(most)
         own = {layer: base.stream[layer].repeat(len(found), 1, 1) for layer, found in layers.items()}
         reads = [Site("resid_post", layer) for layer in layers]
-        with torch.no_grad(), _substituted(self.blocks, base.outputs, own, len(examples)):
+        with torch.no_grad(), substituted(self.blocks, base.outputs, own, len(examples)):
             given = self._given(base, examples, 0)
             run = self.model.run(given, read=reads, write=_variant_writes(variants, layers), stop=True)
         found: list[Any] = [None] * len(variants)
@@ -287,7 +296,7 @@ class _Joining:
             if self.ends[layer + 1] == 0:
                 forwards[block] = handing_on(base.outputs[layer])
         if cache is not None and self._reads_last_tokens() and blocks[-1] not in forwards:
-            forwards[blocks[-1]] = _last_tokens(cache, len(blocks) - 1)
+            forwards[blocks[-1]] = last_tokens(cache, len(blocks) - 1)
         try:
             for layer, block in enumerate(blocks):
                 if self.ends[layer + 1]:
@@ -320,19 +329,19 @@ class _Joining:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key, hidden = main_input(module, args, kwargs)
-            args, kwargs = _sliced((args, kwargs), total, now)
+            args, kwargs = sliced((args, kwargs), total, now)
             parts = [hidden[:before]] if before else []
             if now > before:
                 parts.append(self._entering(layer, before, now).to(hidden.device))
             joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return _with_input(args, kwargs, key, joined)
+            return with_input(args, kwargs, key, joined)
 
         return hook
 
     def _append(self, module: nn.Module, args: Any, output: Any) -> Any:
         before, now = self.ends[-2], self.ends[-1]
         new = self._entering(len(self.engine.blocks), before, now)
-        return _with_output(output, lambda hidden: torch.cat([hidden[:before], new.to(hidden.device)]))
+        return with_output(output, lambda hidden: torch.cat([hidden[:before], new.to(hidden.device)]))
 
     def _entering(self, layer: int, before: int, now: int) -> Tensor:
         """The base's stream for the rows that join at `layer`, with their patches in it."""
@@ -412,135 +421,6 @@ def _variant_writes(
         return edit
 
     return {site: editing(site, placed) for site, placed in found.items()}
-
-
-@contextlib.contextmanager
-def _substituted(
-    blocks: Sequence[nn.Module], outputs: Sequence[Any], own: Mapping[int, Tensor], total: int
-) -> Iterator[None]:
-    """Blocks in `own` run on these rows, whatever comes in; the others hand their input on."""
-    handles: list[Any] = []
-
-    def substitute(rows: Tensor) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            key, hidden = main_input(module, args, kwargs)
-            args, kwargs = _sliced((args, kwargs), total, len(rows))
-            return _with_input(args, kwargs, key, rows.to(hidden.device))
-
-        return hook
-
-    forwards = {block: handing_on(outputs[layer]) for layer, block in enumerate(blocks) if layer not in own}
-    try:
-        for layer, rows in own.items():
-            handles.append(blocks[layer].register_forward_pre_hook(substitute(rows), with_kwargs=True))
-        with overridden(forwards):
-            yield
-    finally:
-        for handle in reversed(handles):
-            handle.remove()
-
-
-@contextlib.contextmanager
-def noted(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Notes what each block returns."""
-    outputs: list[Any] = [None] * len(blocks)
-    handles: list[Any] = []
-
-    def noting(layer: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            outputs[layer] = output
-
-        return hook
-
-    try:
-        for layer, block in enumerate(blocks):
-            handles.append(block.register_forward_hook(noting(layer)))
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def handing_on(output: Any) -> Callable[..., Any]:
-    """A forward that hands its main input on, in the form in which the block gave `output`."""
-
-    def forward(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = main_input(_NO_MODULE, args, kwargs)[1]
-        return _with_output(output, lambda _: hidden)
-
-    return forward
-
-
-_NO_MODULE = nn.Identity()
-
-
-def _last_tokens(cache: Any, layer: int) -> Callable[..., Any]:
-    """A block's forward past its keys and values for its last token only.
-
-    It is called twice: with all tokens until its keys and values are there, then with the last one, which
-    sees them all. The other tokens come out as they went in; nothing reads them.
-    """
-
-    def forward(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        key, hidden = main_input(_NO_MODULE, args, kwargs)
-        width = hidden.shape[1]
-        if width == 1:
-            return own(*args, **kwargs)
-        with filling(cache, layer) as held:
-            try:
-                own(*args, **kwargs)
-            except Filled:
-                pass
-            else:
-                raise ModelError("the last block did not reach its key/value cache")
-            held.filled = True
-            args, kwargs = _last_of((args, kwargs), width)
-            args, kwargs = _with_input(args, kwargs, key, hidden[:, -1:])
-            output = own(*args, **kwargs)
-        return _with_output(output, lambda new: torch.cat([hidden[:, :-1], new], dim=1))
-
-    return forward
-
-
-def _last_of(value: Any, width: int) -> Any:
-    """Nested arguments with the query dimension of every tensor, of `width`, cut to its last."""
-    if isinstance(value, Tensor):
-        if value.dim() == 4 and value.shape[2] == width:
-            return value[:, :, -1:]
-        if value.dim() in (2, 3) and value.shape[1] == width:
-            return value[:, -1:]
-        return value[-1:] if value.dim() == 1 and len(value) == width else value
-    return _mapped(value, lambda item: _last_of(item, width))
-
-
-def _sliced(value: Any, total: int, rows: int) -> Any:
-    """Nested arguments with every tensor of `total` rows cut to its first `rows`."""
-    if rows == total:
-        return value
-    if isinstance(value, Tensor):
-        return value[:rows] if value.dim() >= 2 and len(value) == total else value
-    return _mapped(value, lambda item: _sliced(item, total, rows))
-
-
-def _mapped(value: Any, act: Callable[[Any], Any]) -> Any:
-    """Items of a plain tuple, list or dict through `act`; anything else as it is."""
-    if type(value) in (tuple, list):
-        return type(value)(act(item) for item in value)
-    return {name: act(item) for name, item in value.items()} if type(value) is dict else value
-
-
-def _with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: Any, hidden: Tensor) -> Any:
-    if isinstance(key, str):
-        return args, {**kwargs, key: hidden}
-    return replaced(args, key, hidden), dict(kwargs)
-
-
-def _with_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(output, Tensor):
-        return change(output)
-    found = first_tensor(output)
-    assert found is not None
-    return replaced(output, found[0], change(found[1]))
 
 
 def _logits(output: Any) -> Tensor | None:

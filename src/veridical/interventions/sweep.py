@@ -138,9 +138,9 @@ class Sweep:
         if not bool(changed.any()):
             return None
         free = self._without_effect(item, changed)
-        if bool((free & changed).any()):
+        if not bool((changed & ~free).any()):
             self.unreached.add(number)
-            changed = changed & ~free
+        changed = changed & ~free
         if self.twin and self.link.same and item.site.kind in (*STREAM, "embed"):
             whole = changed.any(1) & ~(differs & ~changed).any(1)
             whole &= (self.engine.base.mask == self.source.base.mask).all(1)
