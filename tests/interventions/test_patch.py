@@ -397,6 +397,16 @@ def test_a_site_that_cannot_matter_is_exactly_zero_and_said(hooked):
     assert (effects[-1] != 0).all()
 
 
+def test_a_patch_of_which_only_a_part_cannot_matter_is_not_warned_of(hooked):
+    model = hooked("llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = patch(
+            model, CLEAN, CORRUPT, sites="z.2", heads="all", positions="all", answers=ANSWERS, wrong=WRONG
+        )
+    assert (result.effects != 0).all()
+
+
 def test_dropout_is_warned_of():
     module = make("gpt2").train()
     model = vd.load(module, check=False)
