@@ -1,0 +1,190 @@
+"""What changed in the weights: by module, how much, in how many directions, and along which.
+
+For each weight the relative change is |W' - W|_F / |W|_F. Of matrices, the singular values s of the
+difference give its effective rank, exp(entropy of s / sum s) (Roy and Vetterli 2007, "The effective rank: a
+measure of effective dimensionality"), and the share of its square that the first one holds. A LoRA of rank r
+shows r singular values; full training shows a long tail.
+
+The overlap with a direction u of the residual stream is |u'D|^2 / |D|_F^2 on the side of D that writes to or
+reads from the stream; 1 / d_model is chance, and 1 is a change along u alone. With a subspace (the stream
+side of a LoRA) it is the share of D within it, by chance its dimension / d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from veridical.architectures import inner
+from veridical.errors import InputError
+
+if TYPE_CHECKING:
+    from veridical.comparison.duo import Duo
+    from veridical.hooked import HookedModel
+
+EXACT = 1024
+"""Matrices whose smaller side is longer get their `LEADING` singular values by a randomised method."""
+LEADING = 64
+ZERO = 1e-6
+"""Singular values below this share of the first do not count towards the rank."""
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What `weight_change` found.
+
+    Attributes:
+        modules: One line per weight, see `weight_change`.
+        spectra: `module`, `index` and `value`: singular values of each changed matrix, at most 64.
+        overlaps: `module`, `direction`, `side` ("writes" or "reads"), `overlap`, `chance`.
+    """
+
+    modules: pd.DataFrame
+    spectra: pd.DataFrame
+    overlaps: pd.DataFrame
+
+    def by_layer(self) -> pd.DataFrame:
+        """One line per layer (-1 for embeddings, norms and head): `layer`, `relative` and `share` of the
+        whole squared change."""
+        table = self.modules
+        grouped = table.assign(change=table["norm"] ** 2, size=table["reference_norm"] ** 2).groupby("layer")
+        sums = grouped[["change", "size"]].sum()
+        whole = float(sums["change"].sum())
+        relative = np.sqrt(sums["change"] / sums["size"].where(sums["size"] > 0))
+        share = sums["change"] / whole if whole > 0 else sums["change"] * 0.0
+        return pd.DataFrame({"layer": sums.index, "relative": relative, "share": share}).reset_index(
+            drop=True
+        )
+
+
+def weight_change(duo: Duo, directions: Mapping[str, Tensor | np.ndarray] | None = None) -> WeightChange:
+    """Compares the weights of two models of one architecture, module by module.
+
+    Args:
+        duo: The two; an adapter counts as merged.
+        directions: By name, a direction `[d_model]` or a basis `[k, d_model]` of the residual stream, such as
+            a probe's `direction_` or the stream side of a LoRA.
+
+    Returns:
+        Modules with `module`, `layer` (-1 outside the blocks), `part`, `relative`, `norm`, `reference_norm`,
+        `largest` (absolute change of one number), and of matrices `rank`, `effective_rank`, `first_share`;
+        NaN where only the leading singular values were computed, and for vectors.
+
+    Raises:
+        InputError: Weights of other names or shapes, or directions of another width.
+    """
+    ours, theirs = (dict(_weights(model)) for model in (duo.policy, duo.reference))
+    if lone := sorted(ours.keys() ^ theirs.keys()):
+        raise InputError(f"{lone[0]} is in one of the two models only; their weights can't be compared")
+    bases = {name: _basis(name, given, duo.policy.d_model) for name, given in (directions or {}).items()}
+    layers = _layers(duo.policy)
+    lines, spectra, overlaps = [], [], []
+    for name, weight in ours.items():
+        before = theirs[name]
+        if weight.shape != before.shape:
+            raise InputError(f"{name} is {tuple(weight.shape)} and {tuple(before.shape)}")
+        before = before.detach().to("cpu", torch.float64)
+        change = weight.detach().to("cpu", torch.float64) - before
+        norm, size = float(change.norm()), float(before.norm())
+        values = _singular(change) if change.dim() == 2 and norm > 0 else None
+        lines.append(
+            {
+                "module": name,
+                "layer": layers(name),
+                "part": name.removesuffix(".weight").rsplit(".", 1)[-1],
+                "relative": norm / size if size > 0 else float("nan" if norm > 0 else 0.0),
+                "norm": norm,
+                "reference_norm": size,
+                "largest": float(change.abs().max()) if change.numel() else 0.0,
+                **_ranks(change, values),
+            }
+        )
+        if values is not None:
+            spectra += [(name, at, value) for at, value in enumerate(values[:LEADING].tolist())]
+            overlaps += _overlaps(duo.policy, name, change, bases)
+    return WeightChange(
+        pd.DataFrame(lines),
+        pd.DataFrame(spectra, columns=["module", "index", "value"]),
+        pd.DataFrame(overlaps, columns=["module", "direction", "side", "overlap", "chance"]),
+    )
+
+
+def _weights(model: HookedModel) -> list[tuple[str, Tensor]]:
+    return list(inner(model.model).named_parameters())
+
+
+def _layers(model: HookedModel):
+    """From a weight's name to the number of its block, -1 outside."""
+    names = {module: name for name, module in inner(model.model).named_modules()}
+    starts = {f"{names[block]}.": number for number, block in enumerate(model.architecture.blocks)}
+    return lambda name: next((number for start, number in starts.items() if name.startswith(start)), -1)
+
+
+def _singular(change: Tensor) -> Tensor:
+    if min(change.shape) <= EXACT:
+        return torch.linalg.svdvals(change)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(change.float(), q=LEADING)[1].double()
+
+
+def _ranks(change: Tensor, values: Tensor | None) -> dict[str, float]:
+    if change.dim() != 2:
+        return dict.fromkeys(("rank", "effective_rank", "first_share"), float("nan"))
+    if values is None:
+        return dict.fromkeys(("rank", "effective_rank", "first_share"), 0.0)
+    share = values / values.sum()
+    exact = min(change.shape) <= EXACT
+    return {
+        "rank": float((values > ZERO * values[0]).sum()) if exact else float("nan"),
+        "effective_rank": float(torch.special.entr(share).sum().exp()) if exact else float("nan"),
+        "first_share": float(values[0] ** 2 / change.square().sum()),
+    }
+
+
+def _basis(name: str, given: Tensor | np.ndarray, width: int) -> Tensor:
+    rows = torch.as_tensor(given).detach().to("cpu", torch.float64)
+    rows = rows.reshape(1, -1) if rows.dim() == 1 else rows
+    if rows.dim() != 2 or rows.shape[1] != width:
+        raise InputError(f"direction {name!r} has shape {tuple(rows.shape)}; the stream is {width} wide")
+    found, values, _ = torch.linalg.svd(rows.T, full_matrices=False)
+    if not values[0] > 0:
+        raise InputError(f"direction {name!r} is zero")
+    return found[:, values > ZERO * values[0]]
+
+
+def _overlaps(
+    model: HookedModel, name: str, change: Tensor, bases: Mapping[str, Tensor]
+) -> list[tuple[str, str, str, float, float]]:
+    lines = []
+    whole = float(change.square().sum())
+    for side, matrix in _sides(model, name, change):
+        for label, basis in bases.items():
+            share = float((basis.T @ matrix).square().sum()) / whole
+            lines.append((name, label, side, share, basis.shape[1] / matrix.shape[0]))
+    return lines
+
+
+def _sides(model: HookedModel, name: str, change: Tensor) -> list[tuple[str, Tensor]]:
+    """A block's change with the residual stream as rows, on the side that meets the stream."""
+    path, _, kind = name.rpartition(".")
+    if kind != "weight" or _layers(model)(name) < 0:
+        return []
+    module = inner(model.model).get_submodule(path)
+    # transformers' Conv1D (gpt2) holds its weight as [in, out].
+    out, into = (change, change.T) if isinstance(module, nn.Linear) else (change.T, change)
+    writes = [place.module for site, place in model.architecture.places.items() if _is_writer(site.kind)]
+    if module in writes and out.shape[0] == model.d_model:
+        return [("writes", out)]
+    return [("reads", into)] if into.shape[0] == model.d_model else []
+
+
+def _is_writer(kind: str) -> bool:
+    """Whether the module at whose input this site lies writes to the stream."""
+    return kind in ("z", "mlp_post")
