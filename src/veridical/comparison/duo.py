@@ -160,6 +160,8 @@ def pair_of(policy: HookedModel, reference: HookedModel, notes: list[str] | None
         lone = policy if not policy.n_layers else reference
         said = f"the layers of {lone.path} ({lone.architecture.model_type}) are not known"
         missing |= dict.fromkeys((*WIDTH, "CKA", "logit-lens divergence"), said)
+    if "weights" not in missing and (why := _unlike(policy, reference, vocabulary)):
+        missing["weights"] = why
     policy, reference = _one_voice(policy, reference, vocabulary, notes)
     for note in notes:
         log.info("%s", note)
@@ -188,6 +190,22 @@ def _shared_vocabulary(policy: HookedModel, reference: HookedModel, notes: list[
             f"the {count} that both have."
         )
     return count, ""
+
+
+def _unlike(policy: HookedModel, reference: HookedModel, vocabulary: int) -> str:
+    """Why the weights of the two can't be subtracted; "" if they can."""
+    ours, theirs = (
+        {name: tuple(weight.shape) for name, weight in architectures.inner(model.model).named_parameters()}
+        for model in (policy, reference)
+    )
+    if lone := sorted(ours.keys() ^ theirs.keys()):
+        return f"{lone[0]} is in one of the two only"
+    sizes = (policy.architecture.vocabulary, reference.architecture.vocabulary)
+    for name, shape in ours.items():
+        padded = vocabulary and (shape[:1], theirs[name][:1]) == (sizes[:1], sizes[1:])
+        if shape != theirs[name] and not (padded and shape[1:] == theirs[name][1:]):
+            return f"{name} has shape {shape} in the policy and {theirs[name]} in the reference"
+    return ""
 
 
 def _table(model: HookedModel) -> dict[int, str] | None:

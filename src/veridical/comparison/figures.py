@@ -101,7 +101,7 @@ def _sites(result: Comparison) -> go.Figure:
     )  # fmt: skip
     for row, (title, table, column) in enumerate(lines, start=1):
         part = figures.figure()
-        low, high = (table[name] if name in table else None for name in ("low", "high"))
+        low, high = (table.get(name) for name in ("low", "high"))
         figures.line_with_band(part, table["site"].tolist(), table[column], low, high, name=title)
         for trace in part.data:
             figure.add_trace(trace, row=row, col=1)

@@ -12,7 +12,7 @@ side of a LoRA) it is the share of D within it, by chance its dimension / d_mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,20 +77,19 @@ def weight_change(duo: Duo, directions: Mapping[str, Tensor | np.ndarray] | None
         NaN where only the leading singular values were computed, and for vectors.
 
     Raises:
-        InputError: Weights of other names or shapes, or directions of another width.
+        InputError: Models whose weights do not go together, or directions of another width.
     """
-    ours, theirs = (dict(_weights(model)) for model in (duo.policy, duo.reference))
-    if lone := sorted(ours.keys() ^ theirs.keys()):
-        raise InputError(f"{lone[0]} is in one of the two models only; their weights can't be compared")
+    if not duo.applies("weights"):
+        raise InputError(f"the weights of the two can't be compared: {duo.not_applicable['weights']}")
+    ours, theirs = (dict(inner(model.model).named_parameters()) for model in (duo.policy, duo.reference))
     bases = {name: _basis(name, given, duo.policy.d_model) for name, given in (directions or {}).items()}
-    layers = _layers(duo.policy)
+    layers, sides = _layers(duo.policy), _Sides(duo.policy)
     lines, spectra, overlaps = [], [], []
     for name, weight in ours.items():
-        before = theirs[name]
-        if weight.shape != before.shape:
-            raise InputError(f"{name} is {tuple(weight.shape)} and {tuple(before.shape)}")
-        before = before.detach().to("cpu", torch.float64)
-        change = weight.detach().to("cpu", torch.float64) - before
+        # Embeddings of vocabularies that were padded differently are compared over the tokens of both.
+        count = min(len(weight), len(theirs[name]))
+        before = theirs[name][:count].detach().to("cpu", torch.float64)
+        change = weight[:count].detach().to("cpu", torch.float64) - before
         norm, size = float(change.norm()), float(before.norm())
         values = _singular(change) if change.dim() == 2 and norm > 0 else None
         lines.append(
@@ -107,7 +106,7 @@ def weight_change(duo: Duo, directions: Mapping[str, Tensor | np.ndarray] | None
         )
         if values is not None:
             spectra += [(name, at, value) for at, value in enumerate(values[:LEADING].tolist())]
-            overlaps += _overlaps(duo.policy, name, change, bases)
+            overlaps += _overlaps(name, sides(name, change), bases)
     return WeightChange(
         pd.DataFrame(lines),
         pd.DataFrame(spectra, columns=["module", "index", "value"]),
@@ -115,11 +114,7 @@ def weight_change(duo: Duo, directions: Mapping[str, Tensor | np.ndarray] | None
     )
 
 
-def _weights(model: HookedModel) -> list[tuple[str, Tensor]]:
-    return list(inner(model.model).named_parameters())
-
-
-def _layers(model: HookedModel):
+def _layers(model: HookedModel) -> Callable[[str], int]:
     """From a weight's name to the number of its block, -1 outside."""
     names = {module: name for name, module in inner(model.model).named_modules()}
     starts = {f"{names[block]}.": number for number, block in enumerate(model.architecture.blocks)}
@@ -160,31 +155,34 @@ def _basis(name: str, given: Tensor | np.ndarray, width: int) -> Tensor:
 
 
 def _overlaps(
-    model: HookedModel, name: str, change: Tensor, bases: Mapping[str, Tensor]
+    name: str, side: tuple[str, Tensor] | None, bases: Mapping[str, Tensor]
 ) -> list[tuple[str, str, str, float, float]]:
-    lines = []
-    whole = float(change.square().sum())
-    for side, matrix in _sides(model, name, change):
-        for label, basis in bases.items():
-            share = float((basis.T @ matrix).square().sum()) / whole
-            lines.append((name, label, side, share, basis.shape[1] / matrix.shape[0]))
-    return lines
-
-
-def _sides(model: HookedModel, name: str, change: Tensor) -> list[tuple[str, Tensor]]:
-    """A block's change with the residual stream as rows, on the side that meets the stream."""
-    path, _, kind = name.rpartition(".")
-    if kind != "weight" or _layers(model)(name) < 0:
+    if side is None:
         return []
-    module = inner(model.model).get_submodule(path)
-    # transformers' Conv1D (gpt2) holds its weight as [in, out].
-    out, into = (change, change.T) if isinstance(module, nn.Linear) else (change.T, change)
-    writes = [place.module for site, place in model.architecture.places.items() if _is_writer(site.kind)]
-    if module in writes and out.shape[0] == model.d_model:
-        return [("writes", out)]
-    return [("reads", into)] if into.shape[0] == model.d_model else []
+    which, matrix = side
+    whole = float(matrix.square().sum())
+    return [
+        (name, label, which, float((basis.T @ matrix).square().sum()) / whole, basis.shape[1] / len(matrix))
+        for label, basis in bases.items()
+    ]
 
 
-def _is_writer(kind: str) -> bool:
-    """Whether the module at whose input this site lies writes to the stream."""
-    return kind in ("z", "mlp_post")
+class _Sides:
+    """From a weight of a block and its change to the side that meets the residual stream, stream as rows."""
+
+    def __init__(self, model: HookedModel) -> None:
+        self.model, self.layers = model, _layers(model)
+        # What has a head's or a neuron's values as its input writes to the stream.
+        places = model.architecture.places.items()
+        self.writers = {place.module for site, place in places if site.kind in ("z", "mlp_post")}
+
+    def __call__(self, name: str, change: Tensor) -> tuple[str, Tensor] | None:
+        path, _, kind = name.rpartition(".")
+        if kind != "weight" or self.layers(name) < 0:
+            return None
+        module = inner(self.model.model).get_submodule(path)
+        # transformers' Conv1D (gpt2) holds its weight as [in, out].
+        out, into = (change, change.T) if isinstance(module, nn.Linear) else (change.T, change)
+        if module in self.writers:
+            return ("writes", out) if len(out) == self.model.d_model else None
+        return ("reads", into) if len(into) == self.model.d_model else None
