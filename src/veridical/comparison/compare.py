@@ -56,7 +56,7 @@ def compare(
     config = build(CompareConfig, config, **options)
     rows = rows_of(duo, pairs, config.label, max_length=config.max_length, on_long=config.on_long)
     resampling = Resampling(config.bootstrap, seed=config.seed)
-    tables = _passed(duo, rows, config, resampling)
+    tables = one_pass(duo, rows, config, resampling)
     if config.samples and duo.applies("policy samples") and not _is_tokens(pairs):
         tables |= _sampled(duo, pairs, config, resampling)
     if not _is_tokens(pairs):
@@ -77,8 +77,8 @@ def site_pairs(duo: Duo) -> tuple[list[tuple[str, str]], list[str]]:
     return sites, [a if a == b else f"{a} and {b}" for a, b in sites]
 
 
-def _passed(duo: Duo, rows: Rows, config: CompareConfig, resampling: Resampling) -> dict[str, pd.DataFrame]:
-    """Everything that the one pass over fixed text gives."""
+def one_pass(duo: Duo, rows: Rows, config: CompareConfig, resampling: Resampling) -> dict[str, pd.DataFrame]:
+    """Tables of every measure of outputs and representations, from one pass of both models over `rows`."""
     sites, names = site_pairs(duo)
     meters: dict[str, Meter] = {}
     if duo.applies("KL"):

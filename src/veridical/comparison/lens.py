@@ -56,17 +56,17 @@ class LensDivergence:
         places = self._draw(step)
         if not len(places):
             return
-        values = []
-        for streams in step.streams:
-            logs = []
-            for side, stream in enumerate(streams):
-                logits = self.readouts[side](stream[places].to(self.devices[side]))[:, : self.vocabulary]
-                kind = torch.promote_types(torch.float32, logits.dtype)
-                logs.append(logits.to(places.device, kind).log_softmax(-1))
-            values.append(divergence(*logs))
+        logs = []
+        for side in range(2):
+            # All sites in one call: the unembedding is read once.
+            picked = torch.cat([streams[side][places] for streams in step.streams])
+            logits = self.readouts[side](picked.to(self.devices[side]))[:, : self.vocabulary]
+            kind = torch.promote_types(torch.float32, logits.dtype)
+            logs.append(logits.to(places.device, kind).log_softmax(-1))
+        values = divergence(*logs).reshape(len(self.sites), len(places)).T
         rows = step.row[places]
         counts = torch.bincount(rows, minlength=len(step)).double()[:, None].expand(-1, len(self.sites))
-        self.divergence.add(step.weights, by_row(rows, len(step), torch.stack(values, 1)), counts)
+        self.divergence.add(step.weights, by_row(rows, len(step), values), counts)
 
     def _draw(self, step: Step) -> Tensor:
         counts = step.counts.long().tolist()
