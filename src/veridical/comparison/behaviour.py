@@ -112,7 +112,7 @@ def _preferred(duo: Duo, pairs: Pairs, config: CompareConfig) -> list[dict[str, 
         for model in (duo.policy, duo.reference)
     ]
     groups = pairs.groups[[found[0] for found in both]]
-    return [_line("prefers label 1", "all", *likelier, groups, config)]
+    return [_line("prefers label 1", "all", likelier[0], likelier[1], groups, config)]
 
 
 def _answers(duo: Duo, data: Any, config: CompareConfig) -> tuple[pd.DataFrame, list[dict[str, Any]]]:

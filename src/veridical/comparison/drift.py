@@ -74,7 +74,7 @@ class Drift:
                 "tokens": columns["tokens"],
             }
         )
-        return frame[frame["tokens"] > 0].reset_index(drop=True)
+        return frame.loc[frame["tokens"] > 0].reset_index(drop=True)
 
 
 def moved(policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

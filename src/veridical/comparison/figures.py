@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -77,14 +77,14 @@ def _positions(result: Comparison, axis: str) -> go.Figure:
 def _sites(result: Comparison) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    lines: list[tuple[str, pd.DataFrame, str]] = []
+    lines: list[tuple[str, Any, str]] = []
     drift = result.tables.get("drift")
     if drift is not None:
         for measure, title in (
             ("relative norm", "change over the reference's norm"),
             ("turn", "1 - cosine"),
         ):
-            lines.append((title, drift[drift["measure"] == measure], "value"))
+            lines.append((title, drift.loc[drift["measure"] == measure], "value"))
     for name, title, column in (
         ("cka", "CKA", "cka"),
         ("procrustes", "Procrustes distance", "distance"),
@@ -169,7 +169,7 @@ def _texts(result: Comparison) -> go.Figure:
     )  # fmt: skip
     if name is None:
         raise InputError("no text was kept")
-    table = result.tables[name]
+    table: Any = result.tables[name]
     rows = list(dict.fromkeys(table["row"]))
     longest = int(table["position"].max()) + 1
     grid = np.full((len(rows), longest), np.nan)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
-Tables = Mapping[str, pd.DataFrame]
+# pandas' stubs take a row or a filtered table for a union of everything that it could be.
+Tables = Mapping[str, Any]
 LEAST_KL = 1e-3
 """Nats below which a mean KL is called no change that matters."""
 
@@ -49,8 +50,8 @@ def find(tables: Tables) -> list[Finding]:
     return sorted(said, key=lambda each: (not each.found, -each.weight))
 
 
-def _line(tables: Tables, table: str, **where: object) -> pd.Series | None:
-    frame = tables.get(table)
+def _line(tables: Tables, table: str, **where: object) -> Any:
+    frame: Any = tables.get(table)
     if frame is None or frame.empty:
         return None
     for column, value in where.items():
@@ -58,7 +59,7 @@ def _line(tables: Tables, table: str, **where: object) -> pd.Series | None:
     return None if frame.empty else frame.iloc[0]
 
 
-def _three(line: pd.Series) -> tuple[float, float, float]:
+def _three(line: Any) -> tuple[float, float, float]:
     return float(line["value"]), float(line["low"]), float(line["high"])
 
 

@@ -182,7 +182,7 @@ class Outputs:
         whole = {name: values[0] for name, values in self.sums.frame_columns().items()}
         whole = {"region": "answer", "measure": "kl of an answer", **whole}
         frame = pd.concat([frame, pd.DataFrame([whole])], ignore_index=True)
-        return frame[frame["tokens"] > 0].reset_index(drop=True)
+        return frame.loc[frame["tokens"] > 0].reset_index(drop=True)
 
     def position_frame(self) -> pd.DataFrame:
         """KL and change of the log-likelihood of the text's own next token by position.

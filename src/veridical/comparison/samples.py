@@ -56,7 +56,7 @@ def sample(
     if len(rows) > count:
         rows = sorted(np.random.default_rng([seed, 4]).choice(rows, size=count, replace=False).tolist())
     policy, longest = duo.policy, duo.context_length
-    limit = {"max_length": longest - max_new_tokens} if longest else {}
+    limit: dict[str, Any] = {"max_length": longest - max_new_tokens} if longest else {}
     before, _ = duo.encode([prompts[row] for row in rows], on_long=on_long, **limit)
     ends = _ends(policy)
     given, new = [], []
@@ -84,9 +84,10 @@ def open_rows(prompts: Sequence[Any]) -> list[int]:
 
 def _ends(model: Any) -> set[int]:
     settings = getattr(model.model, "generation_config", None)
-    found = getattr(settings, "eos_token_id", None)
+    found: Any = getattr(settings, "eos_token_id", None)
     found = getattr(model.tokenizer, "eos_token_id", None) if found is None else found
-    return set(found) if isinstance(found, list | tuple) else {found} - {None}
+    found = found if isinstance(found, list | tuple) else [found]
+    return {int(token) for token in found if token is not None}
 
 
 def _until_end(row: list[int], ends: set[int]) -> tuple[int, ...]:

@@ -52,15 +52,13 @@ class WeightChange:
     def by_layer(self) -> pd.DataFrame:
         """One line per layer (-1 for embeddings, norms and head): `layer`, `relative` and `share` of the
         whole squared change."""
-        table = self.modules
-        grouped = table.assign(change=table["norm"] ** 2, size=table["reference_norm"] ** 2).groupby("layer")
-        sums = grouped[["change", "size"]].sum()
-        whole = float(sums["change"].sum())
-        relative = np.sqrt(sums["change"] / sums["size"].where(sums["size"] > 0))
-        share = sums["change"] / whole if whole > 0 else sums["change"] * 0.0
-        return pd.DataFrame({"layer": sums.index, "relative": relative, "share": share}).reset_index(
-            drop=True
-        )
+        layer = self.modules["layer"].to_numpy(dtype=int)
+        change, size = (self.modules[name].to_numpy(dtype=float) ** 2 for name in ("norm", "reference_norm"))
+        layers, at = np.unique(layer, return_inverse=True)
+        changes, sizes = np.bincount(at, change), np.bincount(at, size)
+        whole = changes.sum()
+        share = changes / whole if whole > 0 else changes
+        return pd.DataFrame({"layer": layers, "relative": np.sqrt(changes / sizes), "share": share})
 
 
 def weight_change(duo: Duo, directions: Mapping[str, Tensor | np.ndarray] | None = None) -> WeightChange:
