@@ -14,19 +14,18 @@ from veridical.errors import ConfigError
 Folders = tyro.conf.Positional[tuple[Path, ...]]
 OutFolder = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 FOLDERS = {
+    "policy": "a policy (the first argument)",
     "probe": "the folder of a saved probe",
     "sae": "the folder of a saved SAE",
     "saes": "folders of saved SAEs",
 }
-"""Inputs that are folders given by position, in words."""
+"""Inputs that are given by position, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Inputs:
-    """The model and the data that a verb works on."""
+class DataInputs:
+    """The data that a verb works on, and how models are loaded for it."""
 
-    model: str | None = None
-    """Model: a local folder, a hub name, or an embedded organism (`veridical ls` lists them). Required."""
     data: str | None = None
     """Data: an embedded name, a csv/jsonl/parquet file, a data set folder, or a hub id. Required."""
     adapter: str | None = None
@@ -54,3 +53,11 @@ class Inputs:
                 )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit = {self.limit}: expected at least one pair")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Inputs(DataInputs):
+    """The model and the data that a verb works on."""
+
+    model: str | None = None
+    """Model: a local folder, a hub name, or an embedded organism (`veridical ls` lists them). Required."""

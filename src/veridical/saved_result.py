@@ -35,6 +35,7 @@ KINDS = {
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
     "Circuit": "interventions.circuit_result",
+    "Comparison": "comparison.comparison",
     "DirectLogits": "interventions.direct",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from veridical.errors import DataError, InputError
-from veridical.tokens import Prompt, by_length
+from veridical.tokens import Encoded, Prompt, by_length
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -86,20 +86,29 @@ def generate(
     """Greedy continuation unless told to sample; only the new text; see `HookedModel`."""
     if model.kind != "causal":
         raise InputError(f"{model.path} is a model of kind {model.kind!r} and does not generate text")
-    listed = as_list(prompts)
-    inputs = model.batch(model.encode(listed), padding_side="left")
-    with torch.no_grad():
-        if model.generates:
-            new = _generate_quickly(model, inputs, max_new_tokens, options)
-        elif options:
-            raise InputError(
-                f"{type(model.model).__name__} generates greedily here and takes no {', '.join(options)}"
-            )
-        else:
-            new = _generate_plainly(model, inputs, max_new_tokens)
+    new = new_tokens(model, model.encode(as_list(prompts)), max_new_tokens, **options)
     texts = model.tokenizer.batch_decode(new, skip_special_tokens=True)
     single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
     return texts[0] if single else texts
+
+
+def new_tokens(
+    model: HookedModel, rows: Sequence[Encoded | Sequence[int]], max_new_tokens: int, **options: Any
+) -> Tensor:
+    """Ids of what a model goes on with, `[rows, new]`; behind a row's end of sequence comes padding.
+
+    Raises:
+        InputError: Options that the model does not take.
+    """
+    inputs = model.batch(rows, padding_side="left")
+    with torch.no_grad():
+        if model.generates:
+            return _generate_quickly(model, inputs, max_new_tokens, options)
+        if options:
+            raise InputError(
+                f"{type(model.model).__name__} generates greedily here and takes no {', '.join(options)}"
+            )
+        return _generate_plainly(model, inputs, max_new_tokens)
 
 
 def plan(

@@ -1,0 +1,27 @@
+"""A policy against its reference: outputs, representations and weights in one report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from veridical.lazy import lazy
+
+if TYPE_CHECKING:
+    from veridical.comparison.compare import compare
+    from veridical.comparison.comparison import Comparison
+    from veridical.comparison.config import CompareConfig
+    from veridical.comparison.duo import Duo, load_pair
+    from veridical.comparison.weights import weight_change
+
+__all__ = ["CompareConfig", "Comparison", "Duo", "compare", "load_pair", "weight_change"]
+
+_HOME = {
+    "CompareConfig": "config",
+    "Comparison": "comparison",
+    "Duo": "duo",
+    "compare": "compare",
+    "load_pair": "duo",
+    "weight_change": "weights",
+}
+
+__getattr__, __dir__ = lazy(__name__, _HOME)
