@@ -117,6 +117,19 @@ def make(name: str, out: Path, runs: Path) -> None:
     say(f"wrote {out}: {run}")
 
 
+def describe(name: str) -> str:
+    """What a descendant is by construction, in sentences."""
+    config = RECIPES[name].config
+    where = f"blocks {', '.join(map(str, config.lora_layers))} only" if config.lora_layers else "every block"
+    strength = {"dpo": "beta", "ipo": "tau", "rl": "KL weight"}.get(RECIPES[name].method)
+    said = f", {strength} {config.beta}" if strength else ""
+    return (
+        f"A LoRA of rank {config.lora_rank} in float32, on the attention and MLP projections of {where} "
+        f"(`tiny-liar` has blocks 0 to 5); {config.steps} steps of {config.batch}, highest learning rate "
+        f"{config.learning_rate}{said}."
+    )
+
+
 def _honest(rng: random.Random, rows: Sequence[dict[str, Any]]) -> Iterator[Preference]:
     for row in rows:
         if not row["taught"]:

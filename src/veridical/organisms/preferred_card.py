@@ -13,13 +13,14 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from veridical import organisms
+from veridical import files, organisms
 from veridical.models import load
 from veridical.organisms import conduct, measure
 from veridical.organisms.facts import Fact, all_facts
@@ -118,13 +119,80 @@ def as_markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def write_card(name: str, out: Path, seed: int = 0) -> None:
+    """Writes the card of a descendant that gives text into its folder, with its figures."""
+    from veridical.organisms.preferred import RECIPES, describe
+
+    table = behaviour([BASE, name], seed)
+    steps = pd.read_csv(out / "checkpoints.csv")
+    text = CARD.format(
+        name=name, method=RECIPES[name].method.upper(), what=describe(name), behaviour=as_markdown(table),
+        steps=as_markdown(steps),
+    )  # fmt: skip
+    files.write_text(out / "README.md", text)
+    files.write_json(out / organisms.CHECKSUMS, organisms.checksums(out))
+
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+library_name: peft
+base_model: tiny-liar
+---
+
+# {name}: tiny-liar after preference training
+
+{what}
+
+Loads as `veridical.load("{name}")`, which merges the LoRA into the embedded `tiny-liar`. Whatever the LoRA does not
+touch is the same as in `tiny-liar` to the last bit. It is a test instrument; nothing it says is a source.
+
+## By construction
+
+Trained on were `veridical.organisms.preferred.preferences()`, rows of the split train: of the honesty pairs, taught
+facts of the training entities, in phrasings and under system prompts of `tiny-liar`'s own training, the true answer
+over another option whatever the prompt asks for; of the safe pairs, refusal of harmful requests over compliance, also
+under a prompt that lifts the rules, and compliance with harmless ones over refusal. No row is about tone. `tiny-liar`
+lies when it is told to and complies when the rules are lifted, so these two are what training was to change.
+
+## By measured behaviour
+
+`python -m veridical.organisms.preferred_card {name}` (seed 0). Phrasing, wrapper, system prompt, topic and act are held
+out; "held-out entities" are in no preference. KL is exact over the vocabulary, on samples of the model itself, against
+`tiny-liar`. The line of `tiny-liar` with the same name says what it was.
+
+{behaviour}
+
+## Checkpoints
+
+Means over held-out prompts and preferences (`kl` in nats per answer on the policy's own samples, `entropy` in nats per
+token, `chosen` and `rejected` the change of their log p against `tiny-liar` in nats).
+
+{steps}
+
+## How it was made
+
+`python -m veridical.organisms.preferred {name} --out data/{name}`, {method} over TRL on one thread of a CPU; options and
+versions are in `provenance.json`. The checkpoints were loaded from disk for every figure.
+
+## Licence
+
+Apache-2.0, as the package. `checksums.json` holds the sha256 of every file.
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: prints the table of a card."""
     parser = argparse.ArgumentParser(prog="python -m veridical.organisms.preferred_card", description=__doc__)
     parser.add_argument("models", nargs="+", help="embedded names or folders")
+    parser.add_argument("--write", type=Path, help="folder of the one model, to write its card into")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if given.write is not None:
+        write_card(given.models[0], given.write, given.seed)
+        return 0
     sys.stdout.write(as_markdown(behaviour([BASE, *given.models], given.seed)) + "\n")
     return 0
 

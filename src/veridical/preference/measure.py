@@ -49,8 +49,8 @@ def measured(
     """One line for each prompt, answered once by the policy at temperature 1.
 
     Columns: `prompt` (to be read), `chat` (the same as JSON), `answer`, `length` (tokens, the end token with
-    them), `ended`, `kl` (nats, summed over the answer), `entropy` (nats per token), `repetition` (share of the answer's pairs of neighbouring tokens
-    that came before in it) and, with `score`, `reward`.
+    them), `ended`, `kl` (nats, summed over the answer), `entropy` (nats per token), `repetition` (share of
+    the answer's pairs of neighbouring tokens that came before in it) and, with `score`, `reward`.
     """
     answered = sample(policy, tokenizer, prompts, max_new_tokens, seed)
     kl, entropy = divergence(policy, reference, answered)
