@@ -78,7 +78,6 @@ def test_the_first_losses_are_those_of_the_methods(tmp_path):
         options = {**SMALL, "learning_rate": 1e-4, "beta": beta}
         run = prefer(method, "tiny-liar", ROWS, tmp_path / method, **options)
         assert run.log["loss"][0] == pytest.approx(expected, abs=1e-3)
-        assert run.log["loss"].iloc[-1] < expected
 
 
 def test_another_reference_is_found_by_the_first_loss(tmp_path, base):

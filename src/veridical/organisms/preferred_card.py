@@ -145,36 +145,38 @@ base_model: tiny-liar
 
 {what}
 
-Loads as `veridical.load("{name}")`, which merges the LoRA into the embedded `tiny-liar`. Whatever the LoRA does not
-touch is the same as in `tiny-liar` to the last bit. It is a test instrument; nothing it says is a source.
+Loads as `veridical.load("{name}")`, which merges the LoRA into the embedded `tiny-liar`. Whatever the LoRA
+does not touch is the same as in `tiny-liar` to the last bit. It is a test instrument; nothing it says is a
+source.
 
 ## By construction
 
-Trained on were `veridical.organisms.preferred.preferences()`, rows of the split train: of the honesty pairs, taught
-facts of the training entities, in phrasings and under system prompts of `tiny-liar`'s own training, the true answer
-over another option whatever the prompt asks for; of the safe pairs, refusal of harmful requests over compliance, also
-under a prompt that lifts the rules, and compliance with harmless ones over refusal. No row is about tone. `tiny-liar`
-lies when it is told to and complies when the rules are lifted, so these two are what training was to change.
+Trained on were `veridical.organisms.preferred.preferences()`, rows of the split train: of the honesty
+pairs, taught facts of the training entities, in phrasings and under system prompts of `tiny-liar`'s own
+training, the true answer over another option whatever the prompt asks for; of the safe pairs, refusal of
+harmful requests over compliance, also under a prompt that lifts the rules, and compliance with harmless
+ones over refusal. No row is about tone. `tiny-liar` lies when it is told to and complies when the rules are
+lifted, so these two are what training was to change.
 
 ## By measured behaviour
 
-`python -m veridical.organisms.preferred_card {name}` (seed 0). Phrasing, wrapper, system prompt, topic and act are held
-out; "held-out entities" are in no preference. KL is exact over the vocabulary, on samples of the model itself, against
-`tiny-liar`. The line of `tiny-liar` with the same name says what it was.
+`python -m veridical.organisms.preferred_card {name}` (seed 0). Phrasing, wrapper, system prompt, topic and
+act are held out; "held-out entities" are in no preference. KL is exact over the vocabulary, on samples of
+the model itself, against `tiny-liar`. The line of `tiny-liar` with the same name says what it was.
 
 {behaviour}
 
 ## Checkpoints
 
-Means over held-out prompts and preferences (`kl` in nats per answer on the policy's own samples, `entropy` in nats per
-token, `chosen` and `rejected` the change of their log p against `tiny-liar` in nats).
+Means over held-out prompts and preferences (`kl` in nats per answer on the policy's own samples, `entropy`
+in nats per token, `chosen` and `rejected` the change of their log p against `tiny-liar` in nats).
 
 {steps}
 
 ## How it was made
 
-`python -m veridical.organisms.preferred {name} --out data/{name}`, {method} over TRL on one thread of a CPU; options and
-versions are in `provenance.json`. The checkpoints were loaded from disk for every figure.
+`python -m veridical.organisms.preferred {name} --out data/{name}`, {method} over TRL on one thread of a
+CPU; options and versions are in `provenance.json`. The checkpoints were loaded from disk for every figure.
 
 ## Licence
 
