@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from veridical import organisms
+from veridical import adapters, organisms
 from veridical.errors import InputError, StoreError, VeridicalError
 from veridical.files import read_json
 
@@ -51,7 +51,11 @@ def embedded() -> Iterator[Item]:
     """The models and pairs that come with the package."""
     for name in organisms.NAMES:
         folder = organisms.path(name)
-        if (folder / "config.json").is_file():
+        if adapters.is_adapter(folder):
+            rank = read_json(folder / adapters.CONFIG).get("r")
+            said = f"LoRA of rank {rank} on {adapters.base_of(folder)}"
+            yield Item(name, "reward model" if adapters.scores(folder) else "model", _size(folder), said)
+        elif (folder / "config.json").is_file():
             yield Item(name, "model", _size(folder), _model_figure(read_json(folder / "config.json")))
     for name in organisms.PAIRS:
         file = organisms.embedded_pairs(name)

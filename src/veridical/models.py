@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veridical import architectures, lens, selftest
+from veridical import adapters, architectures, lens, selftest
 from veridical.devices import usable
 from veridical.errors import InputError, ModelError, misspelt, nearest, unknown
 from veridical.hooked import HookedModel
@@ -47,10 +46,10 @@ def load(
     """A handle on a model, which is never changed.
 
     Args:
-        source: Name of an embedded organism, a local folder, a hub name, a transformers or PEFT model,
-            another `torch.nn.Module` (raw module paths only), or a TransformerLens `HookedTransformer` or
-            `TransformerBridge`. An embedded name wins over a folder of that name; write `./name` for the
-            folder.
+        source: Name of an embedded organism, a local folder (of a LoRA: its base is loaded and the LoRA
+            merged into it), a hub name, a transformers or PEFT model, another `torch.nn.Module` (raw module
+            paths only), or a TransformerLens `HookedTransformer` or `TransformerBridge`. An embedded name
+            wins over a folder of that name; write `./name` for the folder.
         device: Where to load to; by default the accelerator if there is one.
         dtype: Number format to load in; by default the checkpoint's own on CUDA, float32 elsewhere.
         device_map: Passed to transformers.
@@ -107,7 +106,10 @@ def _load_named(
 ) -> tuple[nn.Module, str, Any]:
     import transformers
 
-    path = _path_of(name)
+    path = folder_of(name)
+    adapter = path if Path(path).is_dir() and adapters.is_adapter(path) else None
+    if adapter is not None:
+        path = _base_of(name, adapter)
     with quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
@@ -120,11 +122,16 @@ def _load_named(
             options["device_map"] = device_map
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
+        kind = _auto_class(config)
+        if adapter is not None and adapters.scores(adapter):
+            kind, options["num_labels"] = "AutoModelForSequenceClassification", 1
         try:
-            model = getattr(transformers, _auto_class(config)).from_pretrained(path, **options)
+            model = getattr(transformers, kind).from_pretrained(path, **options)
         except Exception as error:
             raise _cannot_load(name, error) from error
         processor = _processor(path, trust)
+    if adapter is not None:
+        model = adapters.merged(model, adapter)
     if not placed:
         model = model.to(where)
     log.info(
@@ -155,7 +162,13 @@ def choose(device: Any, dtype: Any, config: Any = None) -> tuple[torch.device, A
     return where, number, f"{str(number).removeprefix('torch.')} on {where}: {why}"
 
 
-def _path_of(name: str) -> str:
+def folder_of(name: str) -> str:
+    """Where the model called `name` lies: the folder of an embedded organism, a folder, or a hub name.
+
+    Raises:
+        InputError: A folder that holds neither a model nor an adapter, or a name close to an embedded one.
+        ModelError: Weights in a format that can run code.
+    """
     from veridical import organisms
 
     if name in organisms.NAMES:
@@ -168,12 +181,8 @@ def _path_of(name: str) -> str:
             raise unknown("model", name, organisms.NAMES, "A model of the hub is written owner/name")
         return name
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-            raise InputError(
-                f"{name} is an adapter, not a model; load its base ({base}) with transformers, "
-                "put the adapter on it with peft.PeftModel.from_pretrained, and pass the result"
-            )
+        if adapters.is_adapter(folder):
+            return str(folder)
         raise InputError(f"{name} is not a model folder; it has no config.json")
     if not any(folder.glob("*.safetensors")):
         pickled = [
@@ -186,6 +195,18 @@ def _path_of(name: str) -> str:
             )
         raise InputError(f"{name} holds no weights; expected model.safetensors")
     return str(folder)
+
+
+def _base_of(name: str, adapter: str) -> str:
+    """Where the base of an adapter lies; an adapter on an adapter is refused."""
+    base = adapters.base_of(adapter)
+    try:
+        path = folder_of(base)
+    except InputError as error:
+        raise InputError(f"{name} is an adapter on {base}, which cannot be found: {error}") from error
+    if Path(path).is_dir() and adapters.is_adapter(path):
+        raise InputError(f"{name} is an adapter on {base}, which is an adapter itself; merge that one first")
+    return path
 
 
 def _cannot_load(name: str, error: Exception) -> ModelError:

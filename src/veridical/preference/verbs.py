@@ -1,0 +1,109 @@
+"""The options of `veridical prefer sft`, `reward`, `dpo`, `ipo` and `rl`. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from pydantic.dataclasses import dataclass
+
+from veridical.config import STRICT
+from veridical.errors import ConfigError
+from veridical.inputs import OutFolder
+from veridical.preference.config import NotNegative, Positive, PreferConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Preferring(PreferConfig):
+    """What every job of `veridical prefer` takes."""
+
+    model: str | None = None
+    """Model that training begins at, and the reference: a folder, a hub name, or an embedded organism.
+    Required."""
+    data: str | None = None
+    """Data: a file with prompt, chosen and rejected, or labelled pairs (with --preferred). Required."""
+    preferred: int | None = None
+    """The label that is preferred, where the data are labelled pairs; there is no default."""
+    reward: str | None = None
+    """Reward model that is trained on (rl) or recorded at checkpoints: a folder or an embedded one."""
+    out: OutFolder = None
+    """Folder of the run; runs/METHOD-MODEL-DATA when not given. A stopped run goes on."""
+
+    def require(self, verb: str) -> None:
+        """Refuses a run that lacks an input.
+
+        Raises:
+            ConfigError: One of them was not given.
+        """
+        for name in ("model", "data", *(["reward"] if verb == "prefer rl" else [])):
+            if not getattr(self, name):
+                raise ConfigError(
+                    f"{verb} needs --{name} (or `{name}:` in its recipe); see veridical {verb} --help"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferSFTVerb(Preferring):
+    """Fine-tunes a model on the chosen answers, and measures every checkpoint against where it began.
+
+    Example: veridical prefer sft --model tiny-liar --data toxic --preferred 0 --steps 100
+
+    Writes OUT/model (full weights, or a LoRA with --lora-rank), OUT/training with checkpoints, and a report.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferRewardVerb(Preferring):
+    """Trains a reward model on pairs of answers; its score is read at the end token behind the answer.
+
+    Example: veridical prefer reward --model tiny-liar --data toxic --preferred 0 --steps 100
+
+    A column margin in the data is by how much the chosen answer should be ahead.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferDPOVerb(Preferring):
+    """Trains a model on preferences with DPO against its frozen start; the first loss must be ln 2.
+
+    Example: veridical prefer dpo --model tiny-liar --data toxic --preferred 0 --lora-rank 8 --steps 100
+
+    Every checkpoint is loaded from disk and measured: exact KL to the reference on its own samples, entropy,
+    length, held-out preferences, and how far both answers' likelihoods moved.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferIPOVerb(Preferring):
+    """Trains a model on preferences with IPO against its frozen start; --beta is tau.
+
+    Example: veridical prefer ipo --model tiny-liar --data toxic --preferred 0 --lora-rank 8 --steps 100
+
+    The first loss must be 1 / (4 tau^2). Log-probabilities are per token of the answer.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferRLVerb(Preferring):
+    """Trains a model against a reward model with RLOO and a KL penalty to its frozen start.
+
+    Example: veridical prefer rl --model tiny-liar --data toxic --reward runs/reward-tiny-liar-toxic/model
+
+    TRL no longer has PPO. The report has the frontier of reward and KL, the fitted curve of over-optimisation
+    where there are checkpoints enough, and a check for reward hacking.
+    """
+
+    beta: NotNegative = 0.05
+    """Weight of the KL penalty."""
+    learning_rate: Positive = 1e-5
+    """Highest learning rate: a linear rise over the first tenth of the steps, then a linear fall to zero."""
+    judge: str | None = None
+    """A second reward model that is not trained on; the check for hacking asks whether it falls."""
+    kl_budget: float | None = None
+    """Nats per answer that the policy may leave the reference by before the check says so."""
+
+
+VERBS: dict[str, type] = {
+    "prefer sft": PreferSFTVerb,
+    "prefer reward": PreferRewardVerb,
+    "prefer dpo": PreferDPOVerb,
+    "prefer ipo": PreferIPOVerb,
+    "prefer rl": PreferRLVerb,
+}
