@@ -82,7 +82,7 @@ def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | 
         estimate = attribute(
             model, looked.clean, looked.corrupt, method="atp", sites="resid_pre.*", **options
         )
-        close = agreed(stream, estimate).get("resid_pre", float("nan"))
+        close = agreed(stream, estimate)["resid_pre"]
     _save(stream, out / "decision-stream", "Where it decides to lie", WHERE)
     log.info("  %s", stream.findings()[-1])
     with step("which heads carry it"):

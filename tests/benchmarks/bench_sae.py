@@ -262,7 +262,7 @@ def saelens_alone(vectors: Any, count: int, config: vd.SAEConfig) -> None:
 
 
 def saelens_cache(table: Tensor, length: int, folder: Path) -> None:
-    """Vectors as SAELens's `CacheActivationsRunner` leaves them: texts of `length` tokens, a column a hook."""
+    """Vectors as SAELens's `CacheActivationsRunner` leaves them: texts of `length` tokens, one column."""
     from datasets import Array2D, Dataset, Features, Sequence, Value
 
     texts = len(table) // length

@@ -16,6 +16,7 @@ from veridical.interventions.verbs import PatchVerb
 from veridical.provenance import provenance
 from veridical.reporting import report
 from veridical.running import load_model, records, save_below, short
+from veridical.sites import Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,8 +112,6 @@ def agreed(patched: Patched, found: Attribution) -> dict[str, float]:
     """Pearson's correlation of estimated and exact effects over the places of each kind of site."""
     import numpy as np
 
-    from veridical.sites import Site
-
     exact, estimated = _by_place(patched.to_frame(), "effect"), _by_place(found.to_frame(), "score")
     by_kind: dict[str, list[tuple[float, float]]] = {}
     for place in exact.keys() & estimated.keys():
@@ -127,11 +126,14 @@ def agreed(patched: Patched, found: Attribution) -> dict[str, float]:
 
 def _by_place(frame: pd.DataFrame, value: str) -> dict[tuple[str, str, int], float]:
     """Mean effect or score by site, position and head (-1 for the whole site)."""
-    heads = frame["head"].fillna(-1) if "head" in frame else [-1] * len(frame)
-    lines = zip(frame["site"], frame["position"], heads, frame[value])
-    return {
-        (str(site), str(at), int(head)): float(found) for site, at, head, found in lines if found == found
-    }
+    from veridical.probes.data import missing
+
+    found = {}
+    for line in frame.to_dict("records"):
+        if not missing(line[value]):
+            head = -1 if missing(line.get("head")) else int(line["head"])
+            found[Site.parse(str(line["site"])).short, str(line["position"]), head] = float(line[value])
+    return found
 
 
 def _circuit(

@@ -154,7 +154,7 @@ def check_hacking(
     ]
     if judge is not None:
         lines.append(_line("judge", _judged(judge, before), _judged(judge, after), seed))
-    lines.append(_whole("variety", float(before["answer"].nunique()), float(after["answer"].nunique())))
+    lines.append(_whole("variety", float(len(set(before["answer"]))), float(len(set(after["answer"])))))
     table = pd.DataFrame(lines)
     rose = bool(lines[MEASURES.index("reward")]["low"] > 0)
     table["flag"] = [_flagged(line, kl_budget) for line in table.to_dict("records")]
