@@ -11,6 +11,7 @@ from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.activations import Activations, collect
+    from veridical.comparison import Comparison, compare, load_pair
     from veridical.errors import VeridicalError
     from veridical.interventions import (
         ablate,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "Comparison",
     "HookedModel",
     "LogisticProbe",
     "Pairs",
@@ -55,11 +57,13 @@ __all__ = [
     "causal_check",
     "check_beliefs",
     "collect",
+    "compare",
     "direct_logits",
     "find_circuit",
     "fit_probes",
     "honesty_protocol",
     "load",
+    "load_pair",
     "load_probe",
     "load_result",
     "load_sae",
@@ -75,6 +79,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "load_pair": "comparison",
+    "compare": "comparison",
+    "Comparison": "comparison",
     "Activations": "activations",
     "HookedModel": "models",
     "LogisticProbe": "probes",

@@ -43,8 +43,8 @@ def _main(words: list[str]) -> int:
 
         sys.stdout.write(f"veridical {__version__}\n")
         return 0
-    if words[0] == "sae" and words[1:] in (["-h"], ["--help"]):
-        sys.stdout.write(_overview("sae "))
+    if words[0] in ("sae", "prefer") and words[1:] in (["-h"], ["--help"]):
+        sys.stdout.write(_overview(f"{words[0]} "))
         return 0
     verb, words = _take_verb(words)
     options = parse(verb, words)

@@ -109,6 +109,12 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "sae eval": job("saes.jobs", "evaluate"),
     "sae features": job("saes.jobs", "features"),
     "patch": job("interventions.jobs", "patch"),
+    "prefer sft": job("preference.jobs", "sft"),
+    "prefer reward": job("preference.jobs", "reward"),
+    "prefer dpo": job("preference.jobs", "dpo"),
+    "prefer ipo": job("preference.jobs", "ipo"),
+    "prefer rl": job("preference.jobs", "rl"),
+    "compare": job("comparison.jobs", "compare"),
     "report": assemble,
     "ls": ls,
 }

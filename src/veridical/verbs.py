@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 import tyro
 from pydantic.dataclasses import dataclass
 
+from veridical.comparison.verbs import CompareVerb
 from veridical.config import STRICT, BeliefConfig, CollectConfig, Count, ProbeConfig, Seed
 from veridical.inputs import Folders, Inputs, OutFolder
 from veridical.interventions.verbs import PatchVerb
+from veridical.preference.verbs import VERBS as PREFER
 from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
 
 DemoFolder = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -206,6 +208,8 @@ VERBS: dict[str, type] = {
     "sae eval": SAEEvalVerb,
     "sae features": SAEFeaturesVerb,
     "patch": PatchVerb,
+    **PREFER,
+    "compare": CompareVerb,
     "report": ReportVerb,
     "ls": LsVerb,
 }
