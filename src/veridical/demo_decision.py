@@ -83,13 +83,13 @@ def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | 
             model, looked.clean, looked.corrupt, method="atp", sites="resid_pre.*", **options
         )
         close = agreed(stream, estimate)["resid_pre"]
-    _save(stream, out / "decision-stream", "Where it decides to lie", WHERE)
+    _save(stream, out / "lying-decides", "Where it decides to lie", WHERE)
     log.info("  %s", stream.findings()[-1])
     with step("which heads carry it"):
         heads = patch(
             model, looked.clean, looked.corrupt, sites="z.*", positions="all", heads="all", **options
         )
-    _save(heads, out / "decision-heads", "Which heads carry it", HEADS)
+    _save(heads, out / "lying-decides-heads", "Which heads carry it", HEADS)
     with step("does it answer so elsewhere?"):
         site, position = _place(stream)
         table, shares = _checked(model, tested, site, position, progress)
@@ -106,7 +106,7 @@ def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | 
             ),
         ),
     )
-    section.save(out / "decision-tested")
+    section.save(out / "lying-decides-tested")
     return {"site": site, "position": position, "attribution_correlation": close, "shares": shares}
 
 
