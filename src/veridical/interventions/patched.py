@@ -148,6 +148,9 @@ class Patched(Saved):
         frame = self.to_frame()
         order = self._largest()
         shown = frame.loc[order].drop(columns=["site"]).round(4).reset_index(drop=True)
+        heads = shown["head"].tolist()
+        shown["head"] = [None if head < 0 else head for head in heads]
+        shown = shown if any(head >= 0 for head in heads) else shown.drop(columns=["head"])
         best = frame.loc[order[0]]
         text = [
             *self.findings(),
