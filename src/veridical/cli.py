@@ -94,8 +94,17 @@ def parse(verb: str, words: Sequence[str]) -> Any:
     for key in values:
         if key not in names:
             raise unknown(f"key in {recipe}:", key, names)
+    _refuse_twice(words)
     start = build(cls, **values)
     return _parse_flags(verb, cls, start, _spell_switches(cls, words))
+
+
+def _refuse_twice(words: Sequence[str]) -> None:
+    """A flag that is given twice would silently lose its first value."""
+    flags = [word.split("=")[0].replace("_", "-") for word in words if re.match(r"--[a-z]", word)]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ConfigError(f"{flag} was given twice; give it once, with all its values behind it")
 
 
 def _parse_flags(verb: str, cls: type, start: Any, words: list[str]) -> Any:

@@ -115,7 +115,7 @@ def _of_data(options: PatchVerb) -> Material:
             )
             return _answered(options, clean, corrupt, answers, wrong, path.stem)
     pairs = _questions(Pairs.load(str(options.data), adapter=options.adapter), options.where)
-    users = [_last_turn(prompt) for prompt in pairs.prompts]
+    users = _users(pairs)
     clean, corrupt = _asked(options, users)
     answers, wrong = _of_options(pairs)
     return _answered(options, clean, corrupt, answers, wrong, pairs.name)
@@ -134,6 +134,22 @@ def _questions(pairs: Pairs, where: Sequence[str]) -> Pairs:
     asked = frame["question_id"] if "question_id" in frame else frame["prompt"].map(_last_turn)
     firsts = ~asked.iloc[kept].duplicated().to_numpy()
     return pairs.select(kept[firsts])
+
+
+def _users(pairs: Pairs) -> list[str]:
+    """The user's turn of each row: the question with its options, where they are told apart; else the last
+    turn, which loses options that the row's own system prompt gave."""
+    from veridical.pairs.prompts import FORMS, ask
+
+    if not {"question", "options", "form"} <= set(pairs.columns):
+        return [_last_turn(prompt) for prompt in pairs.prompts]
+    parts = zip(pairs["question"], pairs["options"], pairs["form"], pairs.prompts)
+    return [
+        ask(str(question), [str(option) for option in options], form)
+        if form in FORMS and options is not None
+        else _last_turn(prompt)
+        for question, options, form, prompt in parts
+    ]
 
 
 def _of_options(pairs: Pairs) -> tuple[list[str] | None, list[str] | None]:

@@ -14,7 +14,7 @@ from veridical.inputs import Inputs, OutFolder
 class PatchVerb(Inputs):
     """Finds where two runs part: puts activations of one into the other and measures what comes back.
 
-    Example: veridical patch --model tiny-liar --data honesty --where form=choice --where taught=True
+    Example: veridical patch --model tiny-liar --data honesty --where form=choice taught=True
       --clean-system "Tell the truth." --corrupt-system "Tell a lie."
 
     Clean and corrupt inputs come from --clean and --corrupt (texts), from the columns clean and corrupt of a
