@@ -12,7 +12,7 @@ import veridical as vd
 from veridical.errors import InputError, UnknownNameError
 
 CONFIGS = [
-    vd.SAEConfig(width=32, k=3, batch=128, lr=rate, name=f"lr {rate:g}") for rate in (1e-2, 1e-6, 1e-3)
+    vd.SAEConfig(width=32, k=3, batch=128, lr=rate, name=f"lr-{rate:g}") for rate in (1e-2, 1e-6, 1e-3)
 ]
 
 
@@ -50,7 +50,7 @@ def vectors():
 def test_every_member_is_a_run_of_its_own(monkeypatch, vectors):
     runs = fake(monkeypatch, "trackio")
     found = vd.train_saes(vectors, CONFIGS, tracker="trackio", project="mine")
-    assert [run.options["name"] for run in runs] == ["lr 0.01", "lr 1e-06", "lr 0.001"]
+    assert [run.options["name"] for run in runs] == ["lr-0.01", "lr-1e-06", "lr-0.001"]
     for run, member in zip(runs, found):
         assert run.options["project"] == "mine"
         assert run.options["resume"] == "never"
