@@ -37,17 +37,13 @@ vectors, lr 1e-3) JumpReLU stays behind TopK: at the default L0 5.6 and FVU 0.14
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from veridical.saes.base import ENCODER_NORM, FIRED, SAE, Loss, figures, per_member
 from veridical.saes.config import SAEConfig
-
-THRESHOLD = ENCODER_NORM
-"""Initial threshold: one standard deviation of the first pre-activations, rows of this norm on inputs of mean
-norm sqrt(d); about a sixth of the latents is active."""
 
 
 class JumpReLU(SAE):
@@ -56,13 +52,16 @@ class JumpReLU(SAE):
     architecture = "jumprelu"
     centred = False
 
+    threshold_at_first: ClassVar[float] = ENCODER_NORM
+    """One standard deviation of the first pre-activations, rows of this norm on inputs of mean norm sqrt(d):
+    about a sixth of the latents is active."""
     log_threshold: Tensor
 
     @classmethod
     def initial(cls, config: SAEConfig, d_in: int, d_out: int) -> dict[str, Tensor]:
         """Random decoder directions, the encoder its transpose, small equal thresholds."""
         made = super().initial(config, d_in, d_out)
-        return {**made, "log_threshold": torch.full_like(made["b_enc"], math.log(THRESHOLD))}
+        return {**made, "log_threshold": torch.full_like(made["b_enc"], math.log(cls.threshold_at_first))}
 
     @property
     def threshold(self) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from veridical.saes.base import Loss
+from veridical.saes.base import ENCODER_NORM, Loss
 from veridical.saes.jumprelu import JumpReLU
 from veridical.saes.skip import Skip
 
@@ -22,6 +22,9 @@ class JumpReLUTranscoder(Skip, JumpReLU):
     """`W_dec JumpReLU(W_enc x + b_enc) + b_dec`, with `W_skip x` beside it where `skip` is set."""
 
     architecture = "jumprelu_transcoder"
+    threshold_at_first = 0.1 * ENCODER_NORM
+    """Lower than an SAE's: the encoder has to turn first, and of 32 latents that start at a whole standard
+    deviation 28 were dead after the short run that the tests make."""
 
     def loss(
         self, x: Tensor, y: Tensor | None = None, *, dead: Tensor | None = None, ramp: Tensor | float = 1.0
