@@ -10,7 +10,8 @@ demo: $(VENV)/.installed  ## the main job on the embedded organism; writes demo/
 	$(BIN)/veridical demo --out demo
 
 test: $(VENV)/.installed-dev  ## the whole test suite
-	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and pyright
 	$(BIN)/ruff check .

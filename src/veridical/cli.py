@@ -94,15 +94,18 @@ def parse(verb: str, words: Sequence[str]) -> Any:
     for key in values:
         if key not in names:
             raise unknown(f"key in {recipe}:", key, names)
-    _refuse_twice(words)
+    _refuse_twice(cls, words)
     start = build(cls, **values)
     return _parse_flags(verb, cls, start, _spell_switches(cls, words))
 
 
-def _refuse_twice(words: Sequence[str]) -> None:
-    """A flag that is given twice would silently lose its first value."""
+def _refuse_twice(cls: type, words: Sequence[str]) -> None:
+    """A flag for several values that is given twice would silently lose the first ones."""
+    several = {
+        f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls) if "tuple" in str(field.type)
+    }
     flags = [word.split("=")[0].replace("_", "-") for word in words if re.match(r"--[a-z]", word)]
-    for flag in flags:
+    for flag in several:
         if flags.count(flag) > 1:
             raise ConfigError(f"{flag} was given twice; give it once, with all its values behind it")
 
