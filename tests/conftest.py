@@ -22,14 +22,27 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny():
     """The model of a family, made once; tests leave it as it is."""
-    made = {}
 
     def get(name):
-        if name not in made:
-            made[name] = make(name)
-        return made[name]
+        if name not in MADE:
+            MADE[name] = make(name)
+        return MADE[name]
 
     return get
+
+
+MADE = {}
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_are_left_without_hooks():
+    yield
+    for name, module in MADE.items():
+        left = [at for at, part in module.named_modules() if part._forward_hooks or part._forward_pre_hooks]
+        for part in module.modules():
+            part._forward_hooks.clear()
+            part._forward_pre_hooks.clear()
+        assert not left, f"hooks left on the {name} model that all tests share, at {left}"
 
 
 @pytest.fixture(scope="session")
