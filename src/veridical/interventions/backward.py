@@ -8,6 +8,7 @@ told (TransformerLens), by autograd from each head to the stream.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from veridical.errors import ModelError
 from veridical.hooks import Place, Reads, attached
 from veridical.interventions.contributions import linear_map, output_projection, sender_site, sender_sites
+from veridical.interventions.first_rows import first_rows
 from veridical.interventions.gradients import differentiable, forward, measured, pulled
 from veridical.interventions.graph import Graph, Node
 from veridical.interventions.runs import Batch
@@ -151,7 +153,8 @@ class Walk:
             ModelError: The metric does not depend on the stream, or the model has no backward.
         """
         with differentiable(self.model.model):
-            with attached(self._inner, {}) as inside:
+            halved = contextlib.nullcontext() if rows is None else first_rows(self.model, rows)
+            with attached(self._inner, {}) as inside, halved:
                 run = forward(self.model, inputs, metric, self._sites, begin)
             halves = [slice(None)] if rows is None else [slice(rows), slice(rows, None)]
             parts = [measured(run, metric, half) for half in halves]
@@ -256,7 +259,7 @@ class _Ports:
     own: tuple[slice, slice]
 
     def pulled_back(self, most: int) -> Iterator[tuple[int, Tensor]]:
-        """Gradients at the stream of some heads, at most `most`, `[heads, b, p, d]`; the first one's number."""
+        """Gradients at the stream of some heads, `[heads, b, p, d]`, each with the first one's number."""
         counts = [gradient.shape[2] for gradient in self.gradients]
         step = together(4 * self.stream[self.own].numel(), min(most, sum(counts)))
         for first in range(0, sum(counts), step):

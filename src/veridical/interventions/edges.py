@@ -29,8 +29,8 @@ Memory, in numbers, for b rows of p tokens, L layers, h query and g key/value he
 - here, differences `[b, p, d]` of what enters the first block and of each MLP and `[b, p, h d_head]` of each
   layer's z, together b p (d (1 + L) + L h d_head); and while n of one block's queries, keys and values are
   contracted, their gradients before and after the norm and on the way through it, 4 n b p d, and the
-  contributions of m heads of a layer, m b p d. n is at most 2 h and m at most h, and so few that neither takes
-  more than `CHUNK` numbers (8.4 million, 34 MB in float32), if there is more than one.
+  contributions of m heads of a layer, m b p d. n is at most 2 h and m at most h, and so few that neither
+  takes more than `CHUNK` numbers (8.4 million, 34 MB in float32), if there is more than one.
 
 At 32 layers of 32 heads with g = h and d = h d_head = 4096, storing both sides takes 4,162 b p d numbers,
 68 MB for each token in float32. Here the differences are 65 b p d and the rest at most 288 b p d: 8.5 % of it
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from veridical.hooked import HookedModel
     from veridical.interventions.metrics import Metric
 
-JOINED = 24
+JOINED = 32
 """Positions of a batch up to which its two runs are one forward pass."""
 
 
