@@ -21,6 +21,7 @@ from veridical.comparison.rows import Rows, are_ids, rows_of
 from veridical.comparison.samples import sample
 from veridical.comparison.streaming import Meter, stream
 from veridical.comparison.weights import weight_change
+from veridical.comparison.where import where_tables
 from veridical.config import build, to_dict
 from veridical.saes.logit_effects import token_text
 
@@ -61,6 +62,8 @@ def compare(
         tables |= _sampled(duo, pairs, config, resampling)
     if not _is_tokens(pairs):
         tables |= behaviour(duo, pairs, config)
+    if config.where and duo.applies("cross-model patching") and not _is_tokens(pairs):
+        tables |= where_tables(duo, pairs, config)
     if config.weights and duo.applies("weights"):
         tables |= _weighed(duo, probes)
     return Comparison(
