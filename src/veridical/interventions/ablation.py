@@ -30,6 +30,7 @@ from veridical.interventions import means as averaging
 from veridical.interventions.ablation_hooks import Ablation, Making, Mode, is_batch
 from veridical.interventions.means import Means
 from veridical.interventions.spots import Spots, as_positions, as_tokens
+from veridical.models import load
 from veridical.probes.passes import following
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def ablate(
         InputError: A head, neuron, feature or position that is not there, a mean of another shape, or options
             that do not go together; positions and draws are checked as passes come.
     """
-    model = _loaded(model)
+    model = load(model)
     _check(mode, over, features, sae, heads, neurons, directions, by_position)
     found = Ablation(mode)
     if mode == "mean" and positions is None and tokens is None:
@@ -164,9 +165,3 @@ def _warn(found: Ablation, spots: Spots, mode: str) -> None:
         else:
             why = f"the values there were what mode={mode!r} puts in their place already"
         warnings.warn(f"the ablation at {name} changed nothing, to the last bit: {why}", stacklevel=4)
-
-
-def _loaded(model: Any) -> HookedModel:
-    from veridical.models import load
-
-    return load(model)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from veridical.errors import InputError
-from veridical.interventions.condition import warn_of_training
+from veridical.interventions.condition import Direction, check_count, check_direction, warn_of_training
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
 from veridical.interventions.rewire import Rewiring
+from veridical.models import load
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
-
-Direction = Literal["denoising", "noising"]
 
 
 class Between:
@@ -52,11 +51,9 @@ class Between:
         align: Any = None,
         batch_tokens: int = 8192,
     ) -> None:
-        if direction not in ("denoising", "noising"):
-            raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens!r}; expected a number of at least 1")
-        self.model = model = loaded(model)
+        check_direction(direction)
+        check_count("batch_tokens", batch_tokens)
+        self.model = model = load(model)
         warn_of_training(model)
         self.graph = Graph.of(model)
         self.inputs = Inputs.of(model, clean, corrupt, align)
@@ -188,11 +185,3 @@ def chosen_positions(mask: Tensor, positions: int | Sequence[int] | None) -> Ten
                 )
             made[row, places[number]] = True
     return made
-
-
-def loaded(model: Any) -> HookedModel:
-    """A handle on a model that may be one already."""
-    from veridical.hooked import HookedModel
-    from veridical.models import load
-
-    return model if isinstance(model, HookedModel) else load(model)

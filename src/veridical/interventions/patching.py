@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError
-from veridical.interventions.condition import carries_hooks, warn_of_training
+from veridical.interventions.condition import (
+    Direction,
+    carries_hooks,
+    check_count,
+    check_direction,
+    warn_of_training,
+)
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Answers, Metric, as_metric
 from veridical.interventions.patched import Patched
@@ -42,7 +48,7 @@ def patch(
     sites: SiteSpec = "resid_pre.*",
     positions: Positions = None,
     heads: Literal["all"] | int | Sequence[int] | None = None,
-    direction: Literal["denoising", "noising"] = "denoising",
+    direction: Direction = "denoising",
     answers: Answers | None = None,
     wrong: Answers | None = None,
     align: Any = None,
@@ -85,11 +91,9 @@ def patch(
     """
     from veridical.progress import bar
 
-    if direction not in ("denoising", "noising"):
-        raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
-    for name, number in (("batch_tokens", batch_tokens), ("bootstrap", bootstrap)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InputError(f"{name} is {number!r}; expected a whole number from 1 on")
+    check_direction(direction)
+    check_count("batch_tokens", batch_tokens)
+    check_count("bootstrap", bootstrap)
     warn_of_training(model)
     inputs = Inputs.of(model, clean, corrupt, align)
     judge = as_metric(metric, model, answers, wrong, None, keep, inputs)
