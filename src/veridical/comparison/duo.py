@@ -150,6 +150,9 @@ def pair_of(policy: HookedModel, reference: HookedModel, notes: list[str] | None
             f"{why}: texts are read by each model in its own tokens, and activations are compared only where "
             "tokens of both end at the same character."
         )
+    sizes = [model.architecture.vocabulary for model in (policy, reference)]
+    if vocabulary and sizes[0] != sizes[1]:
+        missing[PATCHING] = f"the policy has {sizes[0]} logits and the reference {sizes[1]}"
     if policy.d_model != reference.d_model:
         said = f"the policy is {policy.d_model} wide and the reference {reference.d_model}"
         missing |= dict.fromkeys((*WIDTH, "weights"), said)
