@@ -47,6 +47,7 @@ KINDS = {
     "ModelTransfer": "probes.model_transfer",
     "Patched": "interventions.patched",
     "PatchedPaths": "interventions.patched_paths",
+    "Policies": "comparison.policies",
     "PreferenceRun": "preference.runs",
     "TransferMatrix": "probes.transfer",
     "TunedLens": "interventions.tuned_result",

@@ -92,9 +92,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """What one model did: `outcomes` by measure, `[rows]` bool, and what it `said` to which `prompts`."""
+    """What one model did.
+
+    Attributes:
+        outcomes: By measure, `[rows]` bool.
+        scores: By measure, for each row the log-probabilities of its options.
+        prompts, said: The prompts that it answered freely, in one line each, and its answers.
+    """
 
     outcomes: dict[str, np.ndarray]
+    scores: dict[str, list[np.ndarray]]
     prompts: list[str]
     said: list[str]
 
@@ -109,27 +116,28 @@ def questions(data: Any, context: int, config: CompareConfig) -> list[Question]:
     """
     found = []
     if hasattr(data, "prompts"):
-        data = _drawn(data, config.behaviour_pairs, config.seed)
+        data = drawn(data, config.behaviour_pairs, config.seed)
         found += [*_truthful(data), *_preferred(data)]
     return [*found, *_open(data, context, config)]
 
 
 def answered(model: HookedModel, asked: Sequence[Question], config: CompareConfig) -> Answered:
     """Asks one model everything."""
-    outcomes, prompts, said = {}, [], []
+    outcomes, given, prompts, said = {}, {}, [], []
     for question in asked:
         if question.options is not None:
             scores = model.option_logprobs(question.prompts, question.options)
             chosen = np.array([int(np.argmax(each)) for each in scores])
-            outcomes[question.measure] = chosen == question.right
+            outcomes[question.measure], given[question.measure] = chosen == question.right, scores
         else:
             said = _said(model, question, config)
             prompts = [flat(prompt) for prompt in question.prompts]
             outcomes[question.measure] = np.array([bool(REFUSAL.match(text)) for text in said], dtype=bool)
-    return Answered(outcomes, prompts, said)
+    return Answered(outcomes, given, prompts, said)
 
 
-def _drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
+def drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
+    """At most `count` of the pairs, drawn with the seed."""
     groups = np.unique(pairs.groups)
     if len(groups) <= count:
         return pairs
