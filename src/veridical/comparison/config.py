@@ -25,6 +25,8 @@ class CompareConfig:
     """Tokens of each text, drawn at random, at which every layer is unembedded."""
     behaviour_pairs: int = 100
     """Pairs, drawn with the seed, on which answers are scored and generated; 0 leaves that out."""
+    where: int = 24
+    """Prompts on which the models are patched into each other (layer, position, head); 0 leaves that out."""
     weights: bool = True
     """Compare the weights, where both have the same."""
     bootstrap: Count = 200

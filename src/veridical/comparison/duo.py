@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
-TOKENS = ("KL", "shifted tokens", "agreement", "policy samples", "logit-lens divergence")
+PATCHING = "cross-model patching"
+TOKENS = ("KL", "shifted tokens", "agreement", "policy samples", "logit-lens divergence", PATCHING)
 """Measures that compare distributions over the same tokens."""
-WIDTH = ("drift", "Procrustes", "difference lens", "directions")
-"""Measures that subtract or rotate one residual stream onto the other."""
+WIDTH = ("drift", "Procrustes", "difference lens", "directions", PATCHING)
+"""Measures that subtract or rotate one residual stream onto the other, or put it into the other model."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,12 +150,15 @@ def pair_of(policy: HookedModel, reference: HookedModel, notes: list[str] | None
             f"{why}: texts are read by each model in its own tokens, and activations are compared only where "
             "tokens of both end at the same character."
         )
+    sizes = [model.architecture.vocabulary for model in (policy, reference)]
+    if vocabulary and sizes[0] != sizes[1]:
+        missing[PATCHING] = f"the policy has {sizes[0]} logits and the reference {sizes[1]}"
     if policy.d_model != reference.d_model:
         said = f"the policy is {policy.d_model} wide and the reference {reference.d_model}"
         missing |= dict.fromkeys((*WIDTH, "weights"), said)
     if policy.n_layers != reference.n_layers:
         said = f"the policy has {policy.n_layers} layers and the reference {reference.n_layers}"
-        missing |= dict.fromkeys(("drift", "weights"), said)
+        missing |= dict.fromkeys(("drift", "weights", PATCHING), said)
         notes.append(f"{said[0].upper()}{said[1:]}: layers of the same share of the depth are compared.")
     if not (policy.n_layers and reference.n_layers):
         lone = policy if not policy.n_layers else reference

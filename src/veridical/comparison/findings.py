@@ -43,10 +43,13 @@ class Finding:
 
 def find(tables: Tables) -> list[Finding]:
     """Findings of all parts that are there: what was found first, the most important first."""
+    from veridical.comparison.where_findings import where_findings
+
     said: list[Finding] = []
     for part in (_samples, _fixed, _answers, _positions, _shifts, _drift, _cka, _lens, _difference, _weights):
         said += part(tables)
     said += _directions(tables)
+    said += where_findings(tables)
     return sorted(said, key=lambda each: (not each.found, -each.weight))
 
 
