@@ -1,5 +1,7 @@
 """The one pass against brute force, one text at a time in float64; against itself; with planted changes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,15 @@ from comparison_oracles import direct_cka
 
 import veridical as vd
 from tiny_models import make
-from veridical.comparison.cka import CKA
+from veridical.comparison.cka import CKA, Products
 from veridical.comparison.compare import site_pairs
 from veridical.comparison.directions import Directions
 from veridical.comparison.drift import Drift
 from veridical.comparison.duo import pair_of
+from veridical.comparison.influence import Kept, interval, of_cka, of_procrustes
 from veridical.comparison.lens import LensDivergence, MeanDifference
 from veridical.comparison.outputs import MEASURES, Outputs
-from veridical.comparison.procrustes import procrustes_frame
+from veridical.comparison.procrustes import procrustes, procrustes_frame
 from veridical.comparison.resampling import Resampling
 from veridical.comparison.rows import rows_of
 from veridical.comparison.streaming import stream
@@ -36,7 +39,8 @@ def pairs():
 def measured(duo, data, batch_tokens=64, drawn=2, bootstrap=20, seed=0):
     rows = rows_of(duo, data)
     resampling = Resampling(bootstrap, seed=seed)
-    sites, names = site_pairs(duo)
+    sites = site_pairs(duo)
+    names = list(sites)
     meters = {
         "outputs": Outputs(duo.vocabulary, resampling),
         "drift": Drift(names, resampling),
@@ -56,9 +60,9 @@ def by_hand(duo, rows, sites):
         runs = []
         for model, side in ((duo.policy, 0), (duo.reference, 1)):
             with torch.no_grad():
-                run = model.run(model.batch([row.policy]), read=[site[side] for site in sites])
+                run = model.run(model.batch([row.policy]), read=[site[side] for site in sites.values()])
             logs = run.logits[0].double().log_softmax(-1)
-            runs.append((logs, [run[site[side]][0].double() for site in sites]))
+            runs.append((logs, [run[site[side]][0].double() for site in sites.values()]))
         found.append((row, runs))
     return found
 
@@ -252,6 +256,45 @@ def test_a_rotated_basis_leaves_outputs_and_cka_alone(tokenizer, pairs):
     assert (distances["unrotated"] > 0.5).all()
     drift = meters["drift"].frame()
     assert (drift[drift["measure"] == "turn"]["value"] > 0.5).all()
+
+
+def test_intervals_of_cka_and_procrustes_are_those_of_resampled_pairs():
+    """The influences of pairs against a bootstrap of pairs with the direct formulas."""
+    random = torch.Generator().manual_seed(0)
+    pairs, each, width = 60, 6, 5
+    shared = torch.randn(pairs, 1, width, generator=random, dtype=torch.float64)
+    x = shared + 0.5 * torch.randn(pairs, each, width, generator=random, dtype=torch.float64) + 3
+    y = x @ torch.randn(width, width, generator=random, dtype=torch.float64)
+    y = y + 0.8 * torch.randn(pairs, each, width, generator=random, dtype=torch.float64) * shared.exp()
+    products = Products()
+    products.add(x.flatten(0, 1), y.flatten(0, 1))
+    kept = Kept(["here"], Resampling(0))
+    for group in range(pairs):
+        kept.add(one_pair(group, x[group], y[group]))
+    drawn = np.random.default_rng(0).integers(0, pairs, (600, pairs))
+    for figure, influence in ((Products.cka, of_cka), (lambda p: procrustes(p)[0], of_procrustes)):
+        values = []
+        for picks in drawn:
+            again = Products()
+            again.add(x[picks].flatten(0, 1), y[picks].flatten(0, 1))
+            values.append(figure(again))
+        low, high = interval(figure(products), influence, products, kept, "here")
+        assert high - low == pytest.approx(4 * np.std(values), rel=0.2)
+    some = Kept(["here"], Resampling(0), memory=20 * 6 * 2 * 5 * 8)
+    for group in range(pairs):
+        some.add(one_pair(group, x[group], y[group]))
+    assert len(some.rows) == 20
+    assert len(some.vectors("here")[0]) == 20 * each
+    fewer = interval(products.cka(), of_cka, products, some, "here")
+    whole = interval(products.cka(), of_cka, products, kept, "here")
+    assert fewer[1] - fewer[0] == pytest.approx(whole[1] - whole[0], rel=0.5)
+
+
+def one_pair(group, x, y):
+    """A batch of one pair, of what `Kept` reads of it."""
+    return SimpleNamespace(
+        groups=np.array([group]), row=torch.zeros(len(x), dtype=torch.long), streams={"here": (x, y)}
+    )
 
 
 def test_intervals_cover_and_shrink(duo_of, pairs):

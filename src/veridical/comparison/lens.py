@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from veridical.comparison.logits import kl
 from veridical.comparison.resampling import Ratios, by_row
-from veridical.interventions.lenses import divergence
 from veridical.interventions.readout import Readout
 
 if TYPE_CHECKING:
@@ -56,14 +56,12 @@ class LensDivergence:
         places = self._draw(step)
         if not len(places):
             return
-        logs = []
+        logits = []
         for side in range(2):
             # All sites in one call: the unembedding is read once.
-            picked = torch.cat([streams[side][places] for streams in step.streams])
-            logits = self.readouts[side](picked.to(self.devices[side]))[:, : self.vocabulary]
-            kind = torch.promote_types(torch.float32, logits.dtype)
-            logs.append(logits.to(places.device, kind).log_softmax(-1))
-        values = divergence(*logs).reshape(len(self.sites), len(places)).T
+            picked = torch.cat([step.streams[site][side][places] for site in self.sites])
+            logits.append(self.readouts[side](picked.to(self.devices[side])).to(places.device))
+        values = kl(*logits, self.vocabulary).reshape(len(self.sites), len(places)).T
         rows = step.row[places]
         counts = torch.bincount(rows, minlength=len(step)).double()[:, None].expand(-1, len(self.sites))
         self.divergence.add(step.weights, by_row(rows, len(step), values), counts)
@@ -94,7 +92,7 @@ class MeanDifference:
 
     def __init__(self, sites: Sequence[str], resampling: Resampling) -> None:
         self.sites, self.signs = list(sites), resampling.signs
-        self.sums: Tensor | None = None
+        self.sums = torch.empty(0)  # the width is known with the first batch
         self.counts = torch.zeros(len(WHERE), dtype=torch.float64)
 
     def add(self, step: Step) -> None:
@@ -102,10 +100,11 @@ class MeanDifference:
         ends = step.last[present]
         self.counts += torch.tensor([float(len(step.row)), float(len(ends))], dtype=torch.float64)
         flips = step.flips.to(step.row.device)
-        for at, (policy, reference) in enumerate(step.streams):
+        for at, site in enumerate(self.sites):
+            policy, reference = step.streams[site]
             kind = torch.promote_types(torch.float32, policy.dtype)
             change = policy.to(kind) - reference.to(kind)
-            if self.sums is None:
+            if not self.sums.numel():
                 shape = (len(WHERE), len(self.sites), self.signs + 1, change.shape[1])
                 self.sums = torch.zeros(shape, dtype=torch.float64, device=change.device)
             self.sums[0, at] += flips @ by_row(step.row, len(step), change)
@@ -114,7 +113,6 @@ class MeanDifference:
     @property
     def means(self) -> Tensor:
         """`[2, sites, d]` float64: over all tokens, and over the last token of each text."""
-        assert self.sums is not None
         return self.sums[:, :, 0] / self.counts.to(self.sums.device)[:, None, None].clamp_min(1)
 
     def frame(self, duo: Duo, names: Callable[[int], str], top: int = TOP) -> pd.DataFrame:
@@ -124,7 +122,6 @@ class MeanDifference:
         under random signs of pairs), `promotes` and `suppresses` (the tokens that the policy's readout of
         it, and of its opposite, finds likeliest), `weight` (probability that the readout gives the first).
         """
-        assert self.sums is not None
         readout, means = Readout(duo.policy), self.means
         norms = torch.linalg.vector_norm(self.sums, dim=-1).cpu().numpy()
         lines = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from veridical.errors import InputError, ModelError
 from veridical.hooks import Run
+from veridical.interventions.columns import only
 from veridical.sites import HEAD_KINDS, Site
 
 if TYPE_CHECKING:
@@ -94,14 +95,15 @@ def forward(
     elif keep is not None and "logits_to_keep" in model.forward_parameters:
         given["logits_to_keep"] = keep
     stop = bool(read) and (metric is None or metric.site is not None)
-    return model.run(given, read=read, write=write or {}, stop=stop)
+    with only(model, None if stop or metric is None else metric.ids):
+        return model.run(given, read=read, write=write or {}, stop=stop)
 
 
-def measured(run: Run, metric: Metric) -> Tensor:
-    """The metric of each row of a run, `[batch]`."""
+def measured(run: Run, metric: Metric, rows: slice = slice(None)) -> Tensor:
+    """The metric of each row of a run, or of some of them, `[batch]`."""
     if metric.site is not None:
-        return metric(run[metric.site][:, -1].flatten(1))
-    logits = run.logits
+        return metric(run[metric.site][rows, -1].flatten(1))
+    logits = run.logits[rows]
     return metric(logits if metric.keep is None or logits.dim() < 3 else logits[:, -metric.keep :])
 
 

@@ -181,7 +181,7 @@ class _Part:
             if not self.denoising:
                 taken = (self.theirs.corrupt, self.theirs.corrupt_mask)
         read = [site.name for site in sites]
-        options: dict[str, Any] = {"keep": metric.keep, "site": metric.site, "read": read}
+        options: dict[str, Any] = {"keep": metric.keep, "site": metric.site, "ids": metric.ids, "read": read}
         base = Engine(self.model, *given, plain=plain, **options)
         if self.other is not self.model:
             options["site"] = None
