@@ -2,8 +2,8 @@
 
 `neutral` has the text on which nothing should change, and the exact KL there; `behaviour` what a model does,
 row by row. `vectors` is what is added to activations or erased from them, found by `directions`, at a
-strength that `calibrate` sets, under the conditions of a `gate`; it is kept by `vector_files`, and handed on as
-a control vector (`gguf`) or as biases (`merging`).
+strength that `calibrate` sets, under the conditions of a `gate`; it is kept by `vector_files`, and handed on
+as a control vector (`gguf`) or as biases (`merging`).
 """
 
 from __future__ import annotations
