@@ -39,6 +39,7 @@ KINDS = {
     "Comparison": "comparison.comparison",
     "ConstitutionalData": "preference.revised",
     "DirectLogits": "interventions.direct",
+    "Distilled": "preference.distilled",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",
     "Frontier": "preference.frontier",
