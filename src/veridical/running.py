@@ -114,6 +114,8 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "prefer dpo": job("preference.jobs", "dpo"),
     "prefer ipo": job("preference.jobs", "ipo"),
     "prefer rl": job("preference.jobs", "rl"),
+    "prefer constitution": job("preference.making", "constitution"),
+    "prefer guidelines": job("preference.making", "guidelines"),
     "compare": job("comparison.jobs", "compare"),
     "report": assemble,
     "ls": ls,

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
+    "Agreement": "preference.agreement",
     "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
     "Circuit": "interventions.circuit_result",
     "Comparison": "comparison.comparison",
+    "ConstitutionalData": "preference.revised",
     "DirectLogits": "interventions.direct",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",
@@ -47,6 +49,7 @@ KINDS = {
     "ModelTransfer": "probes.model_transfer",
     "Patched": "interventions.patched",
     "PatchedPaths": "interventions.patched_paths",
+    "Policies": "comparison.policies",
     "PreferenceRun": "preference.runs",
     "TransferMatrix": "probes.transfer",
     "TunedLens": "interventions.tuned_result",

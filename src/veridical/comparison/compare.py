@@ -30,6 +30,7 @@ from veridical.comparison.sae_shift import Firing, readable, shifted
 from veridical.comparison.samples import sample
 from veridical.comparison.streaming import Meter, stream
 from veridical.comparison.weights import weight_change
+from veridical.comparison.where import where_tables
 from veridical.config import build, to_dict
 from veridical.saes.logit_effects import token_text
 
@@ -282,6 +283,13 @@ def conduct(asked: Asked) -> Tables:
     return behaviour(asked.duo, asked.data, asked.config) if asked.is_text else {}
 
 
+def where(asked: Asked) -> Tables:
+    """Where in the network the difference in behaviour sits."""
+    if not (asked.config.where and asked.is_text and asked.duo.applies("cross-model patching")):
+        return {}
+    return where_tables(asked.duo, asked.data, asked.config)
+
+
 def weights(asked: Asked) -> Tables:
     """Changes of the weights, and along the probes' directions."""
     if not (asked.config.weights and asked.duo.applies("weights")):
@@ -299,7 +307,7 @@ def weights(asked: Asked) -> Tables:
     }
 
 
-PARTS: tuple[Callable[[Asked], Tables], ...] = (one_pass, samples, conduct, weights)
+PARTS: tuple[Callable[[Asked], Tables], ...] = (one_pass, samples, conduct, where, weights)
 """The parts of a comparison, in the order in which their tables are shown."""
 
 

@@ -106,8 +106,8 @@ class Comparison(Saved):
 
         Args:
             what: "position" or "answer" (KL by position of the text or around an answer's beginning), "sites"
-                (all measures along the depth), "weights", "shift" (tokens), "texts" (token by token). The
-                first that there is when not given.
+                (all measures along the depth), "where", "where parts", "where heads" (cross-model patching),
+                "weights", "shift" (tokens), "texts" (token by token). The first that there is when not given.
 
         Raises:
             UnknownNameError: Another name.

@@ -36,6 +36,8 @@ class CompareConfig:
     """Latents of the crosscoder; four times the width of the site when not given."""
     crosscoder_k: Count = 16
     """Latents that are active for one token on average."""
+    where: int = 24
+    """Prompts on which the models are patched into each other (layer, position, head); 0 leaves that out."""
     weights: bool = True
     """Compare the weights, where both have the same."""
     bootstrap: Count = 200

@@ -9,6 +9,7 @@ import numpy as np
 
 from veridical.comparison.findings import Finding, Tables, line_of, three
 from veridical.comparison.sae_shift import KINDS
+from veridical.comparison.where_findings import where_findings
 
 LEAST_KL = 1e-3
 """Nats below which a mean KL is called no distance that matters."""
@@ -265,6 +266,6 @@ def _wilson(count: int, total: int) -> tuple[float, float, float]:
 
 DISTANCES: tuple[Callable[[Tables], list[Finding]], ...] = (
     on_samples, on_fixed_text, answers, positions, shifts, drift, cka, procrustes, lens, difference, weights,
-    features, crosscoder,
+    features, crosscoder, where_findings,
 )  # fmt: skip
 """What says how far apart the two are; a part with distances of its own adds its function here."""
