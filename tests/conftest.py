@@ -37,12 +37,11 @@ MADE = {}
 @pytest.fixture(autouse=True)
 def _shared_models_are_left_without_hooks():
     yield
-    for name, module in MADE.items():
-        left = [at for at, part in module.named_modules() if part._forward_hooks or part._forward_pre_hooks]
-        for part in module.modules():
-            part._forward_hooks.clear()
-            part._forward_pre_hooks.clear()
-        assert not left, f"hooks left on the {name} model that all tests share, at {left}"
+    if MADE:
+        from veridical.hooks import standing_hooks
+
+        left = {name: standing_hooks(module) for name, module in MADE.items()}
+        assert not any(left.values()), f"hooks left on models that all tests share: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 from veridical.errors import InputError, unknown
+from veridical.hooks import standing_hooks
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -38,8 +39,7 @@ def check_count(name: str, value: Any) -> None:
 
 def carries_hooks(model: HookedModel) -> bool:
     """Whether any module has forward hooks, which may tell rows and positions apart."""
-    modules: Any = model.model.modules()
-    return any(part._forward_hooks or part._forward_pre_hooks for part in modules)
+    return bool(standing_hooks(model.model))
 
 
 def warn_of_training(model: HookedModel) -> None:

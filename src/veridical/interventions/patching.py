@@ -70,7 +70,8 @@ def patch(
         sites: Sites or globs, such as "resid_pre.*" or ["z.*", "mlp_out.*"]. Patterns are patched by query.
         positions: None or "each": one item for each position. "all": the whole site at once. A list of
             positions or sets of positions, of the clean rows' tokens, negative from the end; or a mapping
-            from a name to words of the text or to positions.
+            from a name to words of the text, to positions, or to a function from a row's token count to
+            its positions.
         heads: For q, k, v, z and patterns: "all" or a list takes heads one by one; None patches all of the
             site together. Heads of k and v are those of the keys and values.
         direction: "denoising" puts clean activations into the corrupt run, "noising" corrupt into clean.

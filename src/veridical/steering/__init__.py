@@ -1,0 +1,43 @@
+"""Steering: small changes of what a model represents, with what they do to its behaviour measured.
+
+`neutral` has the text on which nothing should change, and the exact KL there; `behaviour` what a model does,
+row by row. `vectors` is what is added to activations or erased from them, found by `directions`, at a
+strength that `calibrate` sets, under the conditions of a `gate`; it is kept by `vector_files`, and handed on
+as a control vector (`gguf`) or as biases (`merging`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from veridical.lazy import lazy
+
+if TYPE_CHECKING:
+    from veridical.steering.behaviour import Behaviour, Target, target_of
+    from veridical.steering.neutral import NeutralKL, NeutralMeter, kl_loss, neutral_kl, neutral_texts
+    from veridical.steering.vectors import SteeringVector
+
+_HOME = {
+    "Behaviour": "behaviour",
+    "NeutralKL": "neutral",
+    "NeutralMeter": "neutral",
+    "SteeringVector": "vectors",
+    "Target": "behaviour",
+    "kl_loss": "neutral",
+    "neutral_kl": "neutral",
+    "neutral_texts": "neutral",
+    "target_of": "behaviour",
+}
+__all__ = [
+    "Behaviour",
+    "NeutralKL",
+    "NeutralMeter",
+    "SteeringVector",
+    "Target",
+    "kl_loss",
+    "neutral_kl",
+    "neutral_texts",
+    "target_of",
+]
+
+__getattr__, __dir__ = lazy(__name__, _HOME)
