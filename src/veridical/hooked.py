@@ -41,6 +41,8 @@ class HookedModel:
         forward_parameters: Names of the arguments of the model's forward.
         n_layers, d_model, n_heads, n_kv_heads, d_head, context_length: Dimensions; 0 where the config does
             not tell.
+        rewrite: What every prompt goes through before it is tokenised, where an intervention is a prompt;
+            None otherwise.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class HookedModel:
         self.forward_parameters = forward_parameters or frozenset(
             inspect.signature(inner(model).forward).parameters
         )
+        self.rewrite: Callable[[Prompt], Prompt] | None = None
         self._custom_call = call
         self._probed: dict[str, tuple[int, ...]] = {}
 
@@ -221,6 +224,8 @@ class HookedModel:
         """
         if self.tokenizer is None:
             raise DataError(f"{self.path} has no tokenizer; load it with tokenizer=..., or pass tokens")
+        if self.rewrite is not None and not isinstance(prompts, str):
+            prompts = [self.rewrite(prompt) for prompt in prompts]
         limit = max_length if max_length is not None else self.context_length or None
         drop_end = self.kind == "causal"
         return tokens.encode(
