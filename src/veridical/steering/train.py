@@ -4,36 +4,165 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from veridical.adapters import lora_config
-from veridical.config import build
-from veridical.errors import InputError, NonFiniteError
+from veridical.config import build, to_dict
+from veridical.errors import NonFiniteError, unknown
 from veridical.progress import bar
 from veridical.steering import representation
 from veridical.steering.adapter_config import AdapterConfig
 from veridical.steering.constraint import Budget
 from veridical.steering.lora import LoRA, lora_of, put_on
-from veridical.steering.neutral import Neutral, NeutralMeter, kl_loss, neutral_texts
+from veridical.steering.material import Material, material
+from veridical.steering.neutral import Neutral, NeutralMeter, kl_loss, plainly
 from veridical.steering.runner import Runner, lora_scaled
-from veridical.steering.twins import Twin, balanced, twins
+from veridical.steering.twins import Twin, balanced
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
     from veridical.pairs import Pairs
+    from veridical.sites import Site
+    from veridical.steering.adapter import Adapter
 
 log = logging.getLogger(__name__)
 
 LOOKED = 48
 """Validation pairs, and rows of neutral text, at a look."""
-LOSSES = {"representation": representation}
+LOSSES: dict[str, Any] = {"representation": representation}
+
+
+def train_adapter(
+    model: Any,
+    pairs: Pairs,
+    config: AdapterConfig | None = None,
+    *,
+    neutral: Any = None,
+    store: str | Path | None = None,
+    **options: Any,
+) -> Adapter:
+    """Trains a LoRA that moves a behaviour within a KL budget on neutral text, and measures what it does.
+
+    The model is afterwards as it was. A training whose loss is no number ends with the last good state; one
+    that does not keep to the budget ends with the best state, scaled down until it does, and says so in its
+    report.
+
+    Args:
+        model: A handle, or what `veridical.load` takes.
+        pairs: Labelled pairs: questions with options under two prompts, or prompts with two completions.
+        config: Options; `options` win.
+        neutral: Text on which nothing should change: texts, chats that end with an answer, or `Pairs` with
+            completions. For an embedded organism its own rows where not given.
+        store: Folder that the adapter is saved in, with its proof; called again with the same model, data and
+            options, it is read from there.
+        **options: Fields of `AdapterConfig`.
+
+    Raises:
+        DataError: Nothing to learn: no pair shows the behaviour; gives the yield.
+        UnknownNameError: Modules or sites that the model does not have.
+        NonFiniteError: The loss was no number before the first look.
+        StoreMismatchError: `store` holds an adapter of something else.
+    """
+    from veridical.models import load
+    from veridical.steering.export import stored
+    from veridical.steering.results import judged
+
+    config = build(AdapterConfig, config, **options)
+    if config.objective not in LOSSES:
+        raise unknown("objective of an adapter", config.objective, LOSSES)
+    model = load(model)
+    asked = {
+        "model": str(model.path),
+        "model_fingerprint": model.fingerprint(),
+        "data": pairs.name,
+        "data_fingerprint": pairs.fingerprint,
+        "options": {name: value for name, value in to_dict(config).items() if name != "progress"},
+    }
+    if store is not None and (found := stored(Path(store), asked)) is not None:
+        return found
+    sites = model.resolve(config.sites)
+    lora = lora_config(model.model, config.rank, config.modules, config.layers, base=str(model.path))
+    data = material(model, pairs, config, neutral)
+    began = time.perf_counter()
+    trained = fit(model, data, config, lora, sites)
+    facts = {**asked, "seconds": time.perf_counter() - began, "trained": len(data.train)}
+    adapter = judged(model, data, config, trained, facts)
+    if store is not None:
+        adapter.save(store, model)
+    return adapter
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training ended with.
+
+    Attributes:
+        lora: The chosen state.
+        looks: All looks.
+        chosen: The look that `lora` is of.
+        lines: Losses, KL and multiplier of every step.
+        stopped: Why it ended early; "" if it did not.
+    """
+
+    lora: LoRA
+    looks: list[Look]
+    chosen: Look
+    lines: list[dict[str, float]]
+    stopped: str
+
+
+def fit(model: HookedModel, data: Material, config: AdapterConfig, lora: Any, sites: Sequence[Site]) -> Trained:
+    """The updates; the model is afterwards as it was."""
+    from peft import get_peft_model_state_dict
+
+    loss = LOSSES[config.objective]
+    loss.check(data.train)
+    val = data.val[:: max(1, len(data.val) // LOOKED)][:LOOKED]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        with put_on(model.model, lora) as adapted:
+            runner = Runner(model, sites, lambda strength: lora_scaled(adapted, strength))
+            meter = NeutralMeter(model, data.neutral["val"])
+            with runner.changed(0.0):
+                meter(plainly)
+
+            def look(step: int) -> Look:
+                state = {n: v.detach().cpu().clone() for n, v in get_peft_model_state_dict(adapted).items()}
+                with torch.no_grad():
+                    return Look(step, *_margins(runner, val), meter(lambda: runner.changed(1.0)).kl.value, state)
+
+            training = Training(model, runner, config, Budget(config.kl_budget))
+            weights = [p for p in adapted.parameters() if p.requires_grad]
+            looks, stopped = training.run(data.train, data.neutral["train"], weights, look)
+    if not looks:
+        raise NonFiniteError(f"{stopped}, before there was a good state to keep; lower the learning rate")
+    if stopped:
+        log.warning("training ended at %s; the state of step %d is kept", stopped, looks[-1].step)
+    chosen = choose(looks, config.kl_budget)
+    return Trained(lora_of(lora, chosen.state), looks, chosen, training.lines, stopped)
+
+
+def choose(looks: Sequence[Look], budget: float) -> Look:
+    """The look within the budget that shows the behaviour least, at equal shares by the largest margin; where
+    none is within the budget, of all."""
+    return min([item for item in looks if item.kl <= budget] or looks, key=lambda item: (item.shown, -item.margin))
+
+
+def _margins(runner: Runner, items: Sequence[Twin]) -> tuple[float, float]:
+    """Share of contrasts whose unwanted answer is likelier at strength 1, and the mean margin."""
+    prompts = [item.source for item in items]
+    wanted, _ = runner.logprobs(runner.tokens(prompts, [item.wanted for item in items]), 1.0)
+    unwanted, _ = runner.logprobs(runner.tokens(prompts, [item.unwanted for item in items]), 1.0)
+    return float((unwanted > wanted).double().mean()), float((wanted - unwanted).mean())
 
 
 @dataclass(frozen=True)
@@ -61,23 +190,22 @@ class Training:
 
     Args:
         model: The handle.
-        adapted: PEFT's model on its module.
         runner: Passes.
         config: Options.
         budget: The constraint.
     """
 
     model: HookedModel
-    adapted: Any
     runner: Runner
     config: AdapterConfig
     budget: Budget
     lines: list[dict[str, float]] = field(default_factory=list)
 
-    def run(self, train: Sequence[Twin], neutral: Neutral, look: Any) -> tuple[list[Look], str]:
+    def run(
+        self, train: Sequence[Twin], neutral: Neutral, weights: list[Tensor], look: Callable[[int], Look]
+    ) -> tuple[list[Look], str]:
         """Updates to the end; returns the looks, and why it ended early ("" if it did not)."""
         config = self.config
-        weights = [p for p in self.adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             weights, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
         )
