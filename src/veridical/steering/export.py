@@ -46,11 +46,14 @@ def save_adapter(adapter: Adapter, folder: str | Path, model: HookedModel | None
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds something else than an adapter; give another folder")
-    if not adapter.report.facts["met"] and adapter.report.facts["kl"] > adapter.report.facts["kl_budget"]:
+    facts = adapter.report.facts
+    if facts["kl"] > facts["kl_budget"]:
         raise ModelError(
-            f"this adapter is at {adapter.report.facts['kl']:.4f} nats a token on neutral text, over its budget of "
-            f"{adapter.report.facts['kl_budget']:g}; it is not saved"
+            f"this adapter is at {facts['kl']:.4f} nats a token on neutral text, over its budget of "
+            f"{facts['kl_budget']:g}; it is not saved"
         )
+    if not isinstance(adapter.lora, LoRA):
+        raise InputError(f"{adapter.lora} is no LoRA and cannot be saved as one; it is there for comparison")
     model = _base(adapter, model)
     adapter.check_base(model)
     with files.explaining_disk(folder):
@@ -81,7 +84,9 @@ def load_adapter(folder: str | Path) -> Adapter:
 
     folder = Path(folder)
     if not is_adapter(folder) or not (folder / REPORT / RESULT).is_file():
-        raise InputError(f"no adapter with a report in {folder}: expected a folder that an adapter was saved in")
+        raise InputError(
+            f"no adapter with a report in {folder}: expected a folder that an adapter was saved in"
+        )
     expected = files.read_json(folder / SUMS)
     for name, found in _sums(folder).items():
         if name in expected and found != expected[name]:
@@ -110,8 +115,8 @@ def stored(folder: Path, asked: Mapping[str, Any]) -> Adapter | None:
                 name = next(key for key in value if (there or {}).get(key) != value[key])
                 there, value = (there or {}).get(name), value[name]
             raise StoreMismatchError(
-                f"{folder} holds an adapter with {name} = {there!r}, asked for is {value!r}; give another folder "
-                "or delete it"
+                f"{folder} holds an adapter with {name} = {there!r}, asked for is {value!r}; give another "
+                "folder or delete it"
             )
     return adapter
 
@@ -140,14 +145,14 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
     moved = float(np.mean([abs(a - b) for a, b in zip(_flat(said["unmerged"]), _flat(said["base"]))]))
     if not moved > NOTHING:
         raise ModelError(
-            f"loaded with plain PEFT the adapter has no effect: it moves answers by {moved:.1e} nats on the mean; "
-            "nothing was saved"
+            f"loaded with plain PEFT the adapter has no effect: it moves answers by {moved:.1e} nats on the "
+            "mean; nothing was saved"
         )
     for name in ("unmerged", "merged"):
         apart = float(np.max(np.abs(np.array(_flat(said[name])) - np.array(_flat(here)))))
         if not apart <= CLOSE * max(1.0, moved):
             raise ModelError(
-                f"loaded with plain PEFT ({name}) the adapter does something else than it was measured to do: an "
+                f"loaded with plain PEFT ({name}) the adapter does something else than was measured: an "
                 f"answer's log p is off by {apart:.2g} nats; nothing was saved"
             )
     share = {
@@ -179,7 +184,9 @@ def _check_written(lora: LoRA, folder: Path) -> None:
     written = load_file(folder / WEIGHTS)
     for name, value in lora.tensors.items():
         if name not in written or not torch.equal(written[name].float(), value):
-            raise ModelError(f"{name.removeprefix(PREFIX)} was not written as it was trained; nothing was saved")
+            raise ModelError(
+                f"{name.removeprefix(PREFIX)} was not written as it was trained; nothing was saved"
+            )
 
 
 def _job(adapter: Adapter, model: HookedModel) -> tuple[list[Any], list[int], list[Any]]:
@@ -220,12 +227,14 @@ def _run(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     file.write_text(json.dumps(job))
     script = Path(__file__).with_name("proof.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-        cwd=scratch,
+        [sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=TIMEOUT_S,
+        check=False, cwd=scratch,
     )  # fmt: skip
     if done.returncode or not Path(job["out"]).is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"plain PEFT cannot load the adapter in a fresh process: {last[:300]}; nothing was saved")
+        raise ModelError(
+            f"plain PEFT cannot load the adapter in a fresh process: {last[:300]}; nothing was saved"
+        )
     return files.read_json(job["out"])
 
 

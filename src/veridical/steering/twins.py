@@ -86,8 +86,9 @@ def twins(model: HookedModel, pairs: Pairs, toward: int) -> list[Twin]:
     ]
     if not found:
         raise DataError(
-            f"nothing to learn: in none of the {len(matched)} pairs of {pairs.name} does {model.path} show the "
-            f"behaviour (0 of {int(known[[away for away, _ in matched]].sum())} known ones; its answers on "
+            f"nothing to learn: in none of the {len(matched)} pairs of {pairs.name} does {model.path} "
+            "show the behaviour (of "
+            f"{int(known[[away for away, _ in matched]].sum())} known ones none; its answers on "
             "both sides are the same)"
         )
     return found
@@ -154,7 +155,8 @@ def _matched(pairs: Pairs, toward: int) -> Iterator[tuple[int, int]]:
     if "label" not in pairs:
         raise unknown("column", "label", pairs.columns, "An adapter moves rows of one label to the other.")
     labels = pairs.labels()
-    keys = pairs["question_id"] if "question_id" in pairs else pairs.groups
+    named = "question_id" in pairs
+    keys = pairs["question_id"] if named else pairs.groups
     sides: dict[Any, tuple[list[int], list[int]]] = {}
     for row, key in enumerate(keys.tolist()):
         sides.setdefault(key, ([], []))[int(labels[row] == toward)].append(row)
@@ -167,7 +169,7 @@ def _answers(model: HookedModel, pairs: Pairs, rows: Sequence[int]) -> tuple[dic
     """What stands for each row's answer, and for questions with a right answer whether it is that."""
     said: dict[int, str] = {}
     right: dict[int, bool] = {}
-    options = pairs["options"] if "options" in pairs else [None] * len(pairs)
+    options: list[Any] = pairs["options"] if "options" in pairs else [None] * len(pairs)
     asked = [row for row in rows if options[row] and len(options[row]) > 1]
     if asked:
         from veridical.pairs.beliefs import own_request
@@ -182,5 +184,7 @@ def _answers(model: HookedModel, pairs: Pairs, rows: Sequence[int]) -> tuple[dic
     completions = pairs.completions or [""] * len(pairs)
     said |= {row: completions[row] for row in rows if row not in said}
     if not any(said.values()):
-        raise DataError(f"{pairs.name} has neither options nor completions, so nothing is wanted of an answer")
+        raise DataError(
+            f"{pairs.name} has neither options nor completions, so nothing is wanted of an answer"
+        )
     return said, right
