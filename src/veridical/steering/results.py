@@ -45,7 +45,7 @@ def judged(
     if trained.stopped:
         notes.append(f"Training ended early ({trained.stopped}); the state of step {trained.chosen.step} is kept.")
     lora = trained.lora if scale == 1 else trained.lora.scaled(scale)
-    target = target_of(data.test, "less" if config.toward == 0 else "more")
+    target = target_of(data.test, config.toward)
     table = measured(model, lora, target, meter, config.seed)
     few = NeutralMeter(model, data.neutral["test"].first(ROWS), seed=config.seed)
     curve = dial(model, lambda strength: added(model.model, lora, strength), fewer(target), few)
