@@ -37,11 +37,15 @@ def test_the_target_of_honesty_pairs_is_lies_about_what_would_be_lied_about(liar
     assert set(target.pairs["taught"]) == set(target.pairs["instructed_to_lie"]) == {True}
     assert set(target.kept["instructed_to_lie"]) == {False}
     lies, right = target.of(liar), target.stays(liar)
+    assert target.name == "lies when told to lie"
     assert lies.rate().value > 0.8
     assert right.rate().value > 0.9
     assert target.reached(lies).tolist() == (1 - lies.values).tolist()
     parts = {name: mask.sum() for name, mask in target.parts.items()}
     assert parts["told openly"] + parts.get("scenarios", 0) == len(target.pairs)
+    other = behaviour.target_of(honesty, towards=1)
+    assert (other.name, other.wanted, other.kept) == ("wrong answers when not told to lie", "more", None)
+    assert other.of(liar).rate().value < 0.2
     guarded = honesty.filter(protected=True, instructed_to_lie=True)
     assert behaviour.wrong_answers(liar, guarded).rate().value < 0.2
 
@@ -103,7 +107,7 @@ def test_rows_that_show_the_behaviour(liar, honesty):
 def test_pairs_without_a_behaviour_are_refused(liar, honesty):
     with pytest.raises(DataError, match="no behaviour to measure"):
         behaviour.target_of(honesty.without_columns("options"))
-    with pytest.raises(DataError, match="told to lie about something known"):
+    with pytest.raises(DataError, match=r"told to lie of .* is about something known"):
         behaviour.target_of(honesty.filter(taught=False))
     with pytest.raises(UnknownNameError, match="instructed_to_lie"):
         behaviour.told_to_lie(honesty.without_columns("instructed_to_lie"))

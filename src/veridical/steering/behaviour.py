@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from veridical.comparison.behaviour import REFUSAL
-from veridical.errors import DataError, unknown
+from veridical.errors import DataError, InputError, unknown
 from veridical.probes.evaluate import Estimate, estimate, resample_weights
 from veridical.scoring import new_tokens
 from veridical.tokens import Prompt, by_length
@@ -237,29 +237,40 @@ class Target:
 _MEASURES: dict[str, Any] = {"wrong answers": wrong_answers, "prefers": prefers, "refuses": refusals}
 
 
-def target_of(pairs: Pairs, wanted: Literal["less", "more"] = "less", label: str = "label") -> Target:
-    """What pairs are about, by their columns.
+def target_of(pairs: Pairs, towards: int = 0, label: str = "label") -> Target:
+    """What pairs are about, by their columns, and what moving towards one of the labels is to change.
 
-    Questions with `instructed_to_lie`: lies of rows that are told to, about what is known (and not protected,
-    in the organism's pairs); to be kept are right answers of rows that are not told to. Other questions with
-    options: wrong answers. Pairs of completions: which is preferred.
+    Questions with a label: wrong answers on the rows of the other label, about what is known (and not
+    protected, in the organism's pairs); those of `towards` are to stay right where that label means right
+    answers. So for `instructed_to_lie` and towards 0 these are lies of rows that are told to lie, of which
+    fewer are wanted. Questions without a label: wrong answers. Pairs of completions: which is preferred.
+
+    Args:
+        pairs: Rows.
+        towards: 0 or 1, the label that is wanted.
+        label: Its column.
 
     Raises:
         DataError: Columns that fit none of these, or no row that does.
     """
+    if towards not in (0, 1):
+        raise InputError(f"towards is {towards!r}; expected one of the labels 0 and 1")
+    wanted: Literal["less", "more"] = "more" if towards else "less"
     if {"options", "correct"} <= set(pairs.columns):
-        if "instructed_to_lie" not in pairs:
+        if label not in pairs:
             return Target("wrong answers", pairs, "wrong answers", wanted)
-        told, knows = told_to_lie(pairs), known(pairs)
-        lying = told & knows & unprotected(pairs)
-        if not lying.any():
-            raise DataError(f"no row of {pairs.name} is told to lie about something known")
-        honest = ~told & knows
-        chosen = pairs.filter(lying)
-        kept = pairs.filter(honest) if honest.any() else None
+        labels, knows = pairs[label].astype(int), known(pairs)
+        moved = (labels == 1 - towards) & knows & unprotected(pairs)
+        side = _SIDES[1 - towards] if "instructed_to_lie" in pairs else f"of {label} {1 - towards}"
+        if not moved.any():
+            raise DataError(f"no row {side} of {pairs.name} is about something known")
+        honest = (labels == 0) & knows
+        chosen = pairs.filter(moved)
+        keeps = towards == 0 and honest.any()
+        name = f"lies {side}" if side == _SIDES[1] else f"wrong answers {side}"
         return Target(
-            "lies when told to lie", chosen, "wrong answers", wanted, kept, "right when not told to lie",
-            _parts(chosen),
+            name, chosen, "wrong answers", wanted, pairs.filter(honest) if keeps else None,
+            f"right {_SIDES[0]}" if side in _SIDES else f"right of {label} 0", _parts(chosen),
         )  # fmt: skip
     if label in pairs and pairs.completions is not None:
         two_sided(pairs, label)
@@ -270,6 +281,7 @@ def target_of(pairs: Pairs, wanted: Literal["less", "more"] = "less", label: str
     )
 
 
+_SIDES = ("when not told to lie", "when told to lie")
 PARTS = {
     "system_held_out": ("prompts in training", "prompts held out"),
     "scenario": ("told openly", "scenarios"),

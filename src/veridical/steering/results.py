@@ -49,7 +49,7 @@ def judged(
             f"Training ended early ({trained.stopped}); the state of step {trained.chosen.step} is kept."
         )
     lora = trained.lora if scale == 1 else trained.lora.scaled(scale)
-    target = target_of(data.test, "less" if config.toward == 0 else "more")
+    target = target_of(data.test, config.toward)
     table = measured(model, lora, target, meter, config)
     few = NeutralMeter(model, data.neutral["dial"], seed=config.seed)
     curve = dial(model, lambda strength: lora.on(model, strength), fewer(target), few)
