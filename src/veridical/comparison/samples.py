@@ -77,9 +77,14 @@ def open_rows(prompts: Sequence[Any]) -> list[int]:
     """Where each prompt that can be continued (a text, or a chat without its answer) first stands."""
     first: dict[str, int] = {}
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        if can_go_on(prompt):
             first.setdefault(repr(prompt), row)
     return list(first.values())
+
+
+def can_go_on(prompt: Any) -> bool:
+    """Whether a prompt is a text, or a chat without its answer."""
+    return isinstance(prompt, str) or prompt[-1]["role"] != "assistant"
 
 
 def _ends(model: Any) -> set[int]:

@@ -29,7 +29,7 @@ class AdapterConfig:
     """What is trained for: representation (states become those of the other prompt), rerouting (circuit
     breakers), hidden_preference, dpo, ipo, distil_vector; for comparison loreft and direft, which are no LoRA
     and are not exported."""
-    toward: Literal[0, 1] = 0
+    towards: Literal[0, 1] = 0
     """The label whose behaviour a positive strength moves to; a negative strength moves to the other."""
     kl_budget: Positive = 0.05
     """Most KL(adapted || plain) on neutral text at strength 1, in nats a token, exact over the vocabulary."""

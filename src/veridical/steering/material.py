@@ -53,7 +53,7 @@ def material(
     Args:
         model: The model, plain.
         pairs: Labelled pairs.
-        config: `toward`, `holdout` and `seed` are read.
+        config: `towards`, `holdout` and `seed` are read.
         neutral: What `neutral_texts` takes; the organism's own rows where not given.
         kept: Likewise, for other behaviour to hold still; for the organism rude replies and refusals, each
             where it is asked for or called for, from the training splits of its pairs.
@@ -72,9 +72,9 @@ def material(
     for part, rows in (("train", (split == "train") & ~held), ("test", tested)):
         if not rows.any():
             raise DataError(f"{pairs.name} has no row to {part} on; its splits are {sorted(set(split))}")
-    train = twins(model, pairs.filter((split == "train") & ~held), config.toward)
+    train = twins(model, pairs.filter((split == "train") & ~held), config.towards)
     chosen = (split == "val") & ~held
-    val = twins(model, pairs.filter(chosen), config.toward) if chosen.any() else []
+    val = twins(model, pairs.filter(chosen), config.towards) if chosen.any() else []
     if not val:
         val = train
         notes.append("The data have no validation pairs; the state was chosen on the training pairs.")

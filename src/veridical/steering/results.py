@@ -49,7 +49,7 @@ def judged(
             f"Training ended early ({trained.stopped}); the state of step {trained.chosen.step} is kept."
         )
     lora = trained.lora if scale == 1 else trained.lora.scaled(scale)
-    target = target_of(data.test, config.toward)
+    target = target_of(data.test, config.towards)
     table = measured(model, lora, target, meter, config)
     few = NeutralMeter(model, data.neutral["dial"], seed=config.seed)
     curve = dial(model, lambda strength: lora.on(model, strength), fewer(target), few)
@@ -71,7 +71,7 @@ def judged(
         "kl_budget": config.kl_budget,
         "met": scale == 1,
         "scale": scale,
-        "range": list(monotone_range(curve, falls=config.toward == 0)),
+        "range": list(monotone_range(curve, falls=config.towards == 0)),
         "norm": lora.norm(),
         "relative_norm": _relative(model, lora),
         "test_rows": len(data.test),

@@ -52,7 +52,7 @@ class Twin:
         return self.source != self.target
 
 
-def twins(model: HookedModel, pairs: Pairs, toward: int) -> list[Twin]:
+def twins(model: HookedModel, pairs: Pairs, towards: int) -> list[Twin]:
     """The contrasts in which the model shows the behaviour: its answers on the two sides differ.
 
     Questions with options are asked under both prompts, and count where the model answers the side to be
@@ -62,14 +62,14 @@ def twins(model: HookedModel, pairs: Pairs, toward: int) -> list[Twin]:
     Args:
         model: The model, plain.
         pairs: With a `label`; sides are matched by `question_id`, or else by `pair`.
-        toward: The label that is moved to.
+        towards: The label that is moved to.
 
     Raises:
         UnknownNameError: No label column.
-        DataError: No label `toward`, no two-sided pair, no answers, or none that shows the behaviour; says
+        DataError: No label `towards`, no two-sided pair, no answers, or none that shows the behaviour; says
             how many were looked at.
     """
-    matched = list(_matched(pairs, toward))
+    matched = list(_matched(pairs, towards))
     if not matched:
         raise DataError(
             f"no pair of {pairs.name} has a row with label {toward} and one with another label, so there is "
@@ -150,7 +150,7 @@ def _row(item: Encoded) -> Row:
     return Row(item.ids, len(item.ids) - item.prompt_tokens)
 
 
-def _matched(pairs: Pairs, toward: int) -> Iterator[tuple[int, int]]:
+def _matched(pairs: Pairs, towards: int) -> Iterator[tuple[int, int]]:
     """Rows of the side that is moved and of the side that it is moved to."""
     if "label" not in pairs:
         raise unknown("column", "label", pairs.columns, "An adapter moves rows of one label to the other.")
@@ -159,7 +159,7 @@ def _matched(pairs: Pairs, toward: int) -> Iterator[tuple[int, int]]:
     keys = pairs["question_id"] if named else pairs.groups
     sides: dict[Any, tuple[list[int], list[int]]] = {}
     for row, key in enumerate(keys.tolist()):
-        sides.setdefault(key, ([], []))[int(labels[row] == toward)].append(row)
+        sides.setdefault(key, ([], []))[int(labels[row] == towards)].append(row)
     for away, there in sides.values():
         if there:
             yield from ((row, there[at % len(there)]) for at, row in enumerate(away))
