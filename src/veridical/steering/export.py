@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from veridical import files
+from veridical import files, hub
 from veridical.adapters import CONFIG, WEIGHTS, is_adapter
 from veridical.errors import DamagedFileError, InputError, ModelError, StoreMismatchError
 from veridical.saved_result import RESULT
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from veridical.hooked import HookedModel
 
 REPORT, DATA, PROOF, SUMS = "report", "data.parquet", "proof.json", "checksums.json"
+FILES = ("*.json", "*.safetensors", "*.parquet", "README.md")
+"""What the folder of an adapter is made of."""
 ASKED = 48
 """Questions, and rows of neutral text, that the proof is measured on."""
 CLOSE = 2e-3
@@ -119,6 +121,59 @@ def stored(folder: Path, asked: Mapping[str, Any]) -> Adapter | None:
                 "folder or delete it"
             )
     return adapter
+
+
+def merged_model(adapter: Adapter, model: HookedModel, folder: str | Path, strength: float = 1.0) -> Path:
+    """Saves the base with the adapter merged into its weights, as a plain model with its tokenizer.
+
+    Raises:
+        InputError: A folder that is not empty, a strength outside the measured range, or a base that cannot
+            be
+            saved.
+    """
+    folder = Path(folder)
+    low, high = adapter.range
+    if not low <= strength <= high:
+        raise InputError(
+            f"strength {strength:g} is outside {low:g} to {high:g}, where this adapter was measured"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; give another folder for the merged model")
+    if not callable(getattr(model.model, "save_pretrained", None)):
+        raise InputError(f"{model.path} cannot be saved by transformers")
+    with files.explaining_disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            with adapter(model, strength):
+                model.model.save_pretrained(str(made))  # type: ignore[operator]
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(str(made))
+            made.chmod(0o755)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+    return folder
+
+
+def push_adapter(folder: str | Path, repo: str, *, private: bool = True, **options: Any) -> str:
+    """Uploads the folder of a saved adapter, with card, report, data and proof; returns where it now is.
+
+    Args:
+        folder: Where `Adapter.save` wrote it; checked before anything is sent.
+        repo: Name of the repository; made where it does not exist.
+        private: Whether a repository that is made is private.
+        **options: Passed to `HfApi.upload_folder`; `token` to `HfApi`.
+
+    Raises:
+        InputError: No adapter there, or a hub that cannot be reached or written.
+        DamagedFileError: A file that is not as it was written.
+    """
+    load_adapter(folder)
+    return hub.upload(folder, repo, FILES, private=private, **options)
 
 
 def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def twins(model: HookedModel, pairs: Pairs, towards: int) -> list[Twin]:
     matched = list(_matched(pairs, towards))
     if not matched:
         raise DataError(
-            f"no pair of {pairs.name} has a row with label {toward} and one with another label, so there is "
+            f"no pair of {pairs.name} has a row with label {towards} and one with another label, so there is "
             "nothing to move from or to"
         )
     rows = sorted({row for both in matched for row in both})
