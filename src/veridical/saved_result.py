@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
+    "AdapterReport": "steering.adapter",
     "Agreement": "preference.agreement",
     "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
