@@ -43,6 +43,8 @@ class HookedModel:
             not tell.
         rewrite: What every prompt goes through before it is tokenised, where an intervention is a prompt;
             None otherwise.
+        prompt_tokens: While prompts and answers are read in one pass, how many tokens each row's prompt has,
+            for interventions that act on one of them only; None otherwise.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class HookedModel:
             inspect.signature(inner(model).forward).parameters
         )
         self.rewrite: Callable[[Prompt], Prompt] | None = None
+        self.prompt_tokens: Sequence[int] | None = None
         self._custom_call = call
         self._probed: dict[str, tuple[int, ...]] = {}
 
@@ -200,6 +203,15 @@ class HookedModel:
         """
         with attached(self._reads(read), self._writes(write or {})) as run:
             yield run
+
+    @contextmanager
+    def reading(self, prompt_tokens: Sequence[int]) -> Iterator[None]:
+        """Says of the passes within how many tokens each row's prompt has; see `prompt_tokens`."""
+        before, self.prompt_tokens = self.prompt_tokens, prompt_tokens
+        try:
+            yield
+        finally:
+            self.prompt_tokens = before
 
     # Text
 

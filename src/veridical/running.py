@@ -114,6 +114,7 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "prefer dpo": job("preference.jobs", "dpo"),
     "prefer ipo": job("preference.jobs", "ipo"),
     "prefer rl": job("preference.jobs", "rl"),
+    "prefer distil": job("preference.jobs", "distil"),
     "prefer constitution": job("preference.making", "constitution"),
     "prefer guidelines": job("preference.making", "guidelines"),
     "compare": job("comparison.jobs", "compare"),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
+    "AdapterReport": "steering.adapter",
     "Agreement": "preference.agreement",
     "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
@@ -39,6 +40,7 @@ KINDS = {
     "Comparison": "comparison.comparison",
     "ConstitutionalData": "preference.revised",
     "DirectLogits": "interventions.direct",
+    "Distilled": "preference.distilled",
     "ErasureCheck": "probes.erasure_check",
     "HonestyReport": "probes.honesty_report",
     "Frontier": "preference.frontier",

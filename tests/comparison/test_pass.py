@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from comparison_oracles import direct_cka
+from comparison_oracles import direct_cka, rotated
 
 import veridical as vd
 from tiny_models import make
@@ -215,33 +215,6 @@ def test_batches_make_no_difference(duo_of, pairs):
                           ("lens", ["kl", "low", "high"]), ("cka", ["cka"])):  # fmt: skip
         left, right = one[name].frame(), many[name].frame()
         np.testing.assert_allclose(left[columns], right[columns], rtol=1e-8, atol=1e-12)
-
-
-def rotated(model, seed=0):
-    """The same function with its stream in another basis: norms folded in, then everything turned."""
-    import copy
-
-    made = copy.deepcopy(model).double()
-    width = made.config.hidden_size
-    random = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64))[0]
-    with torch.no_grad():
-        for layer in made.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for norm, parts in (
-                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-            ):
-                for part in parts:
-                    part.weight.copy_((part.weight * norm.weight) @ turn)
-                norm.weight.fill_(1.0)
-            for part in (attention.o_proj, mlp.down_proj):
-                part.weight.copy_(turn.T @ part.weight)
-        head = (made.lm_head.weight * made.model.norm.weight) @ turn
-        made.model.norm.weight.fill_(1.0)
-        made.model.embed_tokens.weight.copy_(made.model.embed_tokens.weight @ turn)
-        made.lm_head.weight = torch.nn.Parameter(head)
-    return made
 
 
 def test_a_rotated_basis_leaves_outputs_and_cka_alone(tokenizer, pairs):

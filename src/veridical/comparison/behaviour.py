@@ -7,7 +7,8 @@
 - "refuses": share of greedy answers that begin as a refusal does. Refusals are told by their wording
   (`REFUSAL`), in English; another wording counts as an answer.
 
-Each change is paired by row, with an interval over resamples of whole pairs.
+Each change is paired by row, with an interval over resamples of whole pairs and, as its null, the exchange of
+the two models in random pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from veridical.comparison.resampling import bounds
+from veridical.comparison.resampling import bounds, exchanged
 from veridical.comparison.samples import open_rows
 from veridical.pairs.show import flat
 from veridical.probes.evaluate import resample_weights
@@ -40,7 +41,7 @@ REFUSAL = re.compile(
 """How an answer begins that refuses."""
 ANSWERED = 64
 """Prompts that are answered side by side."""
-COLUMNS = ["measure", "rows", "policy", "reference", "change", "low", "high", "n"]
+COLUMNS = ["measure", "rows", "policy", "reference", "change", "low", "high", "p", "n"]
 
 
 def behaviour(duo: Duo, data: Any, config: CompareConfig) -> dict[str, pd.DataFrame]:
@@ -218,7 +219,11 @@ def _line(
         weights = resample_weights(groups, config.bootstrap, config.seed).astype(float)
         means = (weights @ change) / weights.sum(1)
         (low,), (high,) = bounds(means[:, None])
+    p = exchanged(
+        float(change.mean()), lambda a, b: float((a - b).mean()), ours.astype(float), theirs.astype(float),
+        groups, config.seed,
+    )  # fmt: skip
     return {
         "measure": measure, "rows": name, "policy": float(ours.mean()), "reference": float(theirs.mean()),
-        "change": float(change.mean()), "low": float(low), "high": float(high), "n": len(change),
+        "change": float(change.mean()), "low": float(low), "high": float(high), "p": p, "n": len(change),
     }  # fmt: skip

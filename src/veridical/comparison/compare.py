@@ -16,14 +16,17 @@ from veridical.comparison.behaviour import behaviour
 from veridical.comparison.cka import CKA
 from veridical.comparison.comparison import Comparison
 from veridical.comparison.config import CompareConfig
+from veridical.comparison.crosscoder import Drawn, crosscoded
 from veridical.comparison.directions import Directions
 from veridical.comparison.drift import Drift
 from veridical.comparison.influence import Kept
 from veridical.comparison.lens import LensDivergence, MeanDifference
 from veridical.comparison.outputs import Outputs
+from veridical.comparison.probe_transfer import ProbeRows, transferred, usable
 from veridical.comparison.procrustes import procrustes_frame
 from veridical.comparison.resampling import Resampling
 from veridical.comparison.rows import Rows, are_ids, rows_of
+from veridical.comparison.sae_shift import Firing, readable, shifted
 from veridical.comparison.samples import sample
 from veridical.comparison.streaming import Meter, stream
 from veridical.comparison.weights import weight_change
@@ -205,8 +208,41 @@ def _lens(asked: Asked) -> Measure | None:
     return Measure([meter], lambda: {"logit-lens divergence": meter.frame()}, sites)
 
 
+def _probes(asked: Asked) -> Measure | None:
+    if not asked.probes:
+        return None
+    wanted, missing = usable(asked.probes, asked.duo, asked.data, asked.rows)
+    meter = ProbeRows(wanted, asked.rows, asked.data)
+    return Measure(
+        [meter] if wanted else [],
+        lambda: transferred(wanted, meter, asked.duo, asked.resampling, missing),
+        {each.site: (each.site, each.site) for each in wanted},
+    )
+
+
+def _saes(asked: Asked) -> Measure | None:
+    if not asked.saes:
+        return None
+    readable_ones, missing = readable(asked.saes, asked.duo)
+    meters = [Firing(name, site, sae, asked.resampling) for name, site, sae in readable_ones]
+    return Measure(
+        meters, lambda: shifted(meters, missing), {meter.site: (meter.site, meter.site) for meter in meters}
+    )
+
+
+def _crosscoder(asked: Asked) -> Measure | None:
+    config, duo = asked.config, asked.duo
+    if config.crosscoder is None or not duo.applies("crosscoder"):
+        return None
+    short = duo.policy.resolve(config.crosscoder)[0].short
+    sites = {name: pair for name, pair in site_pairs(duo).items() if pair[0] == short}
+    sites = sites or {short: (short, short)}
+    meter = Drawn(next(iter(sites)), asked.resampling, config.crosscoder_tokens)
+    return Measure([meter], lambda: crosscoded(meter, config, lambda id: token_text(duo.policy, id)), sites)
+
+
 MEASURES: tuple[Callable[[Asked], Measure | None], ...] = (
-    _outputs, _geometry, _drift, _directions, _difference, _lens,
+    _outputs, _geometry, _drift, _directions, _difference, _lens, _probes, _saes, _crosscoder,
 )  # fmt: skip
 """What reads the one pass; each says None where it does not apply."""
 

@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATCHING = "cross-model patching"
-TOKENS = ("KL", "shifted tokens", "agreement", "policy samples", "logit-lens divergence", PATCHING)
+TOKENS = (
+    "KL", "shifted tokens", "agreement", "policy samples", "logit-lens divergence", "probes", PATCHING,
+)  # fmt: skip
 """Measures that compare distributions over the same tokens."""
-WIDTH = ("drift", "Procrustes", "difference lens", "directions", PATCHING)
-"""Measures that subtract or rotate one residual stream onto the other, or put it into the other model."""
+WIDTH = ("drift", "Procrustes", "difference lens", "directions", "probes", "SAEs", "crosscoder", PATCHING)
+"""Measures that subtract one residual stream from the other, rotate it, put it into the other model, or read
+both by one set of weights."""
+DEPTH = ("drift", "weights", "probes", "SAEs", PATCHING)
+"""Measures that name a layer in both."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,7 +162,7 @@ def pair_of(policy: HookedModel, reference: HookedModel, notes: list[str] | None
         missing |= dict.fromkeys((*WIDTH, "weights"), said)
     if policy.n_layers != reference.n_layers:
         said = f"the policy has {policy.n_layers} layers and the reference {reference.n_layers}"
-        missing |= dict.fromkeys(("drift", "weights", PATCHING), said)
+        missing |= dict.fromkeys(DEPTH, said)
         notes.append(f"{said[0].upper()}{said[1:]}: layers of the same share of the depth are compared.")
     if not (policy.n_layers and reference.n_layers):
         lone = policy if not policy.n_layers else reference

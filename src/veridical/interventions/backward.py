@@ -204,15 +204,16 @@ class Walk:
         own = slice(rows), slice(self.first, None)
         yield self._named(Node("logits"), end[own][None])
         for layer in reversed(range(graph.n_layers)):
-            read = {kind: values.pop(Site(kind, layer).name, None) for kind in _OF_BLOCK}
-            stream, out, middle = read["resid_pre"], read["attn_out"], end
+            stream, out = (values.pop(Site(kind, layer).name) for kind in ("resid_pre", "attn_out"))
+            middle = end
             if graph.has_mlp[layer]:
-                reads = stream if graph.parallel[layer] else read["resid_mid"]
-                (into,) = torch.autograd.grad([read["mlp_out"]], [reads], [end.to(read["mlp_out"].dtype)])
+                mlp = values.pop(Site("mlp_out", layer).name)
+                reads = stream if graph.parallel[layer] else values.pop(Site("resid_mid", layer).name)
+                (into,) = torch.autograd.grad([mlp], [reads], [end.to(mlp.dtype)])
                 yield self._named(Node("mlp", layer, port="in"), into[own][None])
                 end = end + into
                 middle = middle if graph.parallel[layer] else end
-            heads = [read[port] for port in "qkv"]
+            heads = [values.pop(Site(port, layer).name) for port in "qkv"]
             gradients = torch.autograd.grad([out], heads, [middle.to(out.dtype)], retain_graph=True)
             normed, norm = self._before_projections(layer, values)
             ports = _Ports(self.model, layer, heads, gradients, stream, normed, norm, own)
@@ -267,55 +268,51 @@ class _Ports:
             if self.normed is None:
                 yield first, self._by_autograd(heads, counts)
             else:
-                yield first, self._through_norm(self._at_projections(heads, counts))
+                yield first, self._through_norm(self._at_projections(heads, counts), self.normed)
 
     def _at_projections(self, heads: range, counts: Sequence[int]) -> Tensor:
         """Through each head's own rows of its projection: gradients at what the projections take."""
-        assert self.normed is not None
         found = []
         for port, part in _parts(heads, counts):
             gradient = self.gradients[port][self.own][:, :, part]
             rows = gradient.flatten(0, 1).transpose(0, 1)
-            found.append(torch.bmm(rows, self._weights[port][part].to(rows)))
-        return (found[0] if len(found) == 1 else torch.cat(found)).unflatten(1, gradient.shape[:2])
+            product = torch.bmm(rows, self._weights[port][part].to(rows))
+            found.append(product.unflatten(1, gradient.shape[:2]))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     @cached_property
     def _weights(self) -> list[Tensor]:
         """Of each port `[heads, d_head, d]`."""
-        found = []
+        found, taken = [], self.stream if self.normed is None else self.normed
         for port in "qkv":
             place = self.model.place(Site(port, self.layer))
-            normed = self.normed
-            matrix, _ = linear_map(place.module, normed.shape[-1], normed.dtype, normed.device)
+            matrix, _ = linear_map(place.module, taken.shape[-1], taken.dtype, taken.device)
             found.append(place.view.read(matrix).permute(1, 2, 0))
         return found
 
-    def _through_norm(self, into: Tensor) -> Tensor:
+    def _through_norm(self, into: Tensor, normed: Tensor) -> Tensor:
         """From what the projections take to the stream."""
-        if self.normed is self.stream:
+        if normed is self.stream:
             return into
-        if self._norm_stands_alone:
+        if self._alone is not None:
             # The norm anew, on the tokens that count, once for each head: its own backward takes them all.
-            assert self.norm is not None
             with torch.enable_grad():
                 stream = self.stream.detach()[self.own].expand_as(into).flatten(0, 1).requires_grad_()
-                normed = self.norm(stream)
-            return torch.autograd.grad(normed, stream, into.flatten(0, 1))[0].view_as(into)
-        whole = into.new_zeros(len(into), *self.normed.shape)
+                anew = self._alone(stream)
+            return torch.autograd.grad(anew, stream, into.flatten(0, 1))[0].view_as(into)
+        whole = into.new_zeros(len(into), *normed.shape)
         whole[:, *self.own] = into
-        (back,) = torch.autograd.grad(
-            self.normed, self.stream, whole, retain_graph=True, is_grads_batched=True
-        )
+        (back,) = torch.autograd.grad(normed, self.stream, whole, retain_graph=True, is_grads_batched=True)
         return back[:, *self.own]
 
     @cached_property
-    def _norm_stands_alone(self) -> bool:
-        """Whether the norm gives the same for the tokens that count alone."""
+    def _alone(self) -> nn.Module | None:
+        """The norm, if it gives the same for the tokens that count alone."""
         if self.norm is None or self.normed is None:
-            return False
+            return None
         with torch.no_grad():
             apart = (self.norm(self.stream[self.own]) - self.normed[self.own]).abs().max()
-            return bool(apart <= 1e-3 * self.normed.abs().max())
+            return self.norm if bool(apart <= 1e-3 * self.normed.abs().max()) else None
 
     def _by_autograd(self, heads: range, counts: Sequence[int]) -> Tensor:
         """From each head alone to the stream."""
@@ -338,9 +335,6 @@ def _parts(heads: range, counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
         if first < last:
             yield port, slice(first - start, last - start)
         start += count
-
-
-_OF_BLOCK = ("resid_pre", "q", "k", "v", "attn_out", "resid_mid", "mlp_out")
 
 
 def _inside(model: HookedModel) -> tuple[dict[int, nn.Module], dict[int, list[nn.Module]]]:

@@ -35,7 +35,10 @@ def only(model: HookedModel, ids: Tensor | None) -> Iterator[None]:
         ids: `[n]` int64, each once.
     """
     head = None if ids is None else unembedding_of(model)
-    if ids is None or head is None or len(ids) > LARGEST_SHARE * head.out_features or not _by_itself(model):
+    if ids is None or head is None or len(ids) > LARGEST_SHARE * head.out_features:
+        yield
+        return
+    if not _by_itself(model, head):
         yield
         return
     with overridden({head: _at(head, ids)}):
@@ -66,11 +69,9 @@ def _at(head: nn.Linear, ids: Tensor) -> Callable[..., Tensor]:
 _KNOWN: WeakKeyDictionary[HookedModel, bool] = WeakKeyDictionary()
 
 
-def _by_itself(model: HookedModel) -> bool:
+def _by_itself(model: HookedModel, head: nn.Linear) -> bool:
     """Whether logits at some ids are the same with and without the others; tried once for a handle."""
     if model not in _KNOWN:
-        head = unembedding_of(model)
-        assert head is not None
         inputs = model.dummy_inputs(positions=3)
         ids = torch.tensor([1, head.out_features // 2, head.out_features - 1]).unique()
         with undisturbed(model.model), torch.no_grad():

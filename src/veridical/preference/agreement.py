@@ -101,7 +101,8 @@ class Agreement(Saved):
         )
 
     def __repr__(self) -> str:
-        said = ", ".join(f"{line.criterion or 'all'} {line.alpha:.2f}" for line in self.table.itertuples())
+        names = [name or "all" for name in self.table["criterion"]]
+        said = ", ".join(f"{name} {alpha:.2f}" for name, alpha in zip(names, self.table["alpha"]))
         return f"Agreement(alpha: {said})"
 
     def _repr_html_(self) -> str:

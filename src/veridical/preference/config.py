@@ -10,8 +10,9 @@ from pydantic.dataclasses import dataclass
 from veridical.config import STRICT, Count, Seed
 from veridical.errors import ConfigError
 
-Method = Literal["sft", "reward", "dpo", "ipo", "rl"]
+Method = Literal["sft", "reward", "dpo", "ipo", "rl", "distil"]
 METHODS: tuple[Method, ...] = ("sft", "reward", "dpo", "ipo", "rl")
+"""Those that train on preferences; distillation takes a teacher, see `distil`."""
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -55,6 +56,24 @@ class PreferConfig:
     """Seed of order, initial LoRA, sampling and held-out prompts."""
     progress: bool | None = None
     """Progress bars; by default only on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DistilConfig(PreferConfig):
+    """How a student is trained to answer as its teacher."""
+
+    temperature: Positive = 2.0
+    """Temperature of both distributions in the soft loss; its gradient is scaled back by the square."""
+    soft_weight: NotNegative = 0.5
+    """Weight of the soft loss: KL of the student to the teacher at each token of the answer."""
+    hard_weight: NotNegative = 0.5
+    """Weight of the student's own loss: cross-entropy of the answer's tokens."""
+    answers: Literal["data", "teacher"] = "data"
+    """Whose answers are learnt: those of the data, or what the teacher draws for the prompts."""
+    layers: Count | None = None
+    """Blocks of the student where none is given; half of the teacher's when not given."""
+    init: Literal["teacher", "random"] = "teacher"
+    """What such a student begins with: blocks of the teacher, spread evenly, or random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

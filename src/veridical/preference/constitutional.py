@@ -73,7 +73,8 @@ def constitutional_data(
     config = checked_constitution(build(ConstitutionConfig, config, **options))
     rules, out = load_principles(principles), Path(out)
     asked_of = load_red_team(prompts)
-    rows = _limited([row.prompt for row in asked_of.rows], config)
+    kept = asked_of if config.limit is None else asked_of.limited(config.limit, config.seed)
+    rows = [row.prompt for row in kept.rows]
     speaker = Speaker(_loaded(model))
     labeller = speaker if judge is None else Speaker(_loaded(judge))
     if config.labels and not labeller.judges:
@@ -413,13 +414,6 @@ def _head(run: _Run, rows: Sequence[Prompt], name: str) -> dict[str, Any]:
         "style": run.wording.style,
         "options": lasting,
     }
-
-
-def _limited(rows: list[Prompt], config: ConstitutionConfig) -> list[Prompt]:
-    if config.limit is None or len(rows) <= config.limit:
-        return rows
-    kept = np.random.default_rng(config.seed).choice(len(rows), config.limit, replace=False)
-    return [rows[at] for at in sorted(kept.tolist())]
 
 
 def _named(prompts: Sequence[Any], name: str) -> Preferences:

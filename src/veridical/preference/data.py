@@ -84,6 +84,13 @@ class Preferences:
             raise DataError(f"{self.name} has no rows to train on; their split column says {self._splits()}")
         return Preferences(sides[0], self.name), Preferences(sides[1], self.name)
 
+    def limited(self, count: int, seed: int) -> Preferences:
+        """At most `count` rows, drawn with the seed, in their order."""
+        if len(self) <= count:
+            return self
+        kept = np.random.default_rng(seed).choice(len(self), count, replace=False)
+        return Preferences(tuple(self.rows[at] for at in sorted(kept.tolist())), self.name)
+
     def _splits(self) -> str:
         return ", ".join(sorted({row.split for row in self.rows}))
 
@@ -110,7 +117,7 @@ def load_preferences(source: Any, preferred: int | None = None, need: Need = "bo
     if isinstance(source, Preferences):
         return source
     if isinstance(source, str | Path):
-        rows = _table(source)
+        rows = _table(str(source))
         if rows is not None and not _transcripts(rows):
             return _from_rows(rows, Path(source).stem, need)
         if rows is not None and preferred is None:
@@ -183,14 +190,15 @@ def refuse_long(tokenizer: Any, rows: Sequence[Preference], longest: int | None)
         )
 
 
-def _table(source: str | Path) -> list[Mapping[str, Any]] | None:
-    """The rows of a file of preferences; None where it holds no column `chosen`."""
+def _table(source: str) -> list[Mapping[str, Any]] | None:
+    """The rows of a file or a hub data set of preferences; None where it holds no column `chosen`."""
     from veridical.organisms import PAIRS
-    from veridical.pairs.loaders import read_rows
+    from veridical.pairs.loaders import from_hub, read_rows
 
-    if str(source) in PAIRS or not Path(source).is_file():
+    path = Path(source).expanduser()
+    if source in PAIRS or path.is_dir():
         return None
-    rows = read_rows(Path(source))
+    rows = read_rows(path) if path.is_file() else from_hub(source)
     columns = set(rows[0]) if rows else set()
     mine = "chosen" in columns or ({"prompt", "completion"} <= columns and "label" not in columns)
     return list(rows) if mine else None

@@ -22,6 +22,7 @@ Messages = list[dict[str, str]]
 Style = Literal["chat", "transcript"]
 HEADINGS = ("Human", "Assistant", "Critique Request", "Critique", "Revision Request", "Revision")
 _TURN = re.compile(rf"\n\s*(?:{'|'.join(HEADINGS)}):")
+_THOUGHTS = re.compile(r"^\s*<think>.*?(</think>|$)", re.DOTALL)
 LETTERS = ("A", "B")
 
 
@@ -202,7 +203,8 @@ class Wording:
         return f"{text}The better answer is:", [f" ({letter})" for letter in LETTERS]
 
     def taken(self, raw: str) -> str:
-        """The text of what the model wrote, without the turns that it went on to write for others."""
+        """The text of what the model wrote, without its thoughts and the turns that it wrote for others."""
+        raw = _THOUGHTS.sub("", raw)
         return (_TURN.split(raw)[0] if self.style == "transcript" else raw).strip()
 
     def completion(self, text: str) -> str:

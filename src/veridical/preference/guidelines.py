@@ -267,7 +267,7 @@ def _listed(value: Any, name: str) -> list[Any]:
     return list(value)
 
 
-def _rank(value: Any) -> int | None:
+def _rank(value: Any) -> Any:
     """A rank as files hold it: whole numbers also as 1.0 or "1"; nothing, NaN or "fail" for a fail."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", "fail")):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -86,22 +87,23 @@ class ConstitutionalData(Saved):
     @property
     def counts(self) -> dict[str, int]:
         """The yield: how many prompts came as far as each stage."""
-        table, labels = self.table, self.facts["options"]["labels"]
-        found = {"prompts": len(table), "answered": int((table["answer"] != "").sum())}
-        if self.facts["options"]["rounds"]:
-            found["revised"] = int(((table["revision"] != "") & (table["fail"] == "")).sum())
-            found["changed"] = int((table["changed"] & (table["fail"] == "")).sum())
-        if labels:
-            decided = table["preferred"].isin(["revision", "first answer", "second answer"])
-            found["labelled"] = int((decided | (table["preferred"] == "tie")).sum())
-            found["preferences"] = int(decided.sum())
+        options, through = self.facts["options"], self.table["fail"].to_numpy() == ""
+        answer, revision = self.table["answer"].to_numpy(), self.table["revision"].to_numpy()
+        found = {"prompts": len(self.table), "answered": int(np.sum(answer != ""))}
+        if options["rounds"]:
+            found["revised"] = int(np.sum((revision != "") & through))
+            found["changed"] = int(np.sum(self.table["changed"].to_numpy() & through))
+        if options["labels"]:
+            said = Counter(self.table["preferred"])
+            decided = said["revision"] + said["first answer"] + said["second answer"]
+            found |= {"labelled": decided + said["tie"], "preferences": decided}
         return found
 
     def by_principle(self) -> pd.DataFrame:
         """For each principle how often it was drawn for a revision, and how often that changed the answer."""
         lines = []
         for name, rows in self.rounds.groupby("principle", sort=True):
-            changed = int((rows["before"] != rows["revision"]).sum())
+            changed = int(np.sum(rows["before"].to_numpy() != rows["revision"].to_numpy()))
             low, high = wilson(changed, len(rows))
             lines.append(
                 {
@@ -131,12 +133,12 @@ class ConstitutionalData(Saved):
         return said
 
     def _labelled(self, counts: Mapping[str, int]) -> list[str]:
-        preferred = self.table["preferred"].value_counts()
+        preferred = Counter(self.table["preferred"])
         second = "revision" if self.facts["options"]["compare"] == "revision" else "second answer"
-        wins, losses = int(preferred.get(second, 0)), int(preferred.get("first answer", 0))
+        wins, losses = preferred[second], preferred["first answer"]
         said = [
             f"{self.facts['judge'] or 'The model itself'} labelled {counts['labelled']} pairs: "
-            f"{counts['preferences']} preferences and {int(preferred.get('tie', 0))} ties."
+            f"{counts['preferences']} preferences and {preferred['tie']} ties."
             f"{self._fails('label_fail')}"
         ]
         if wins + losses:
@@ -157,8 +159,8 @@ class ConstitutionalData(Saved):
 
     def _fails(self, column: str) -> str:
         """Why the others failed, as a further sentence; "" where none did."""
-        fails = self.table[column][self.table[column] != ""].value_counts()
-        if not len(fails):
+        fails = Counter(why for why in self.table[column] if why)
+        if not fails:
             return ""
         return " Failed: " + ", ".join(f"{count} {why}" for why, count in sorted(fails.items())) + "."
 

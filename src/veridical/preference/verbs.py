@@ -7,10 +7,16 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from veridical.config import STRICT, Seed
+from veridical.config import STRICT, Count, Seed
 from veridical.errors import ConfigError
 from veridical.inputs import OutFolder
-from veridical.preference.config import ConstitutionConfig, NotNegative, Positive, PreferConfig
+from veridical.preference.config import (
+    ConstitutionConfig,
+    DistilConfig,
+    NotNegative,
+    Positive,
+    PreferConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -24,6 +30,8 @@ class Preferring(PreferConfig):
     """Data: a file with prompt, chosen and rejected, or labelled pairs (with --preferred). Required."""
     preferred: int | None = None
     """The label that is preferred, where the data are labelled pairs; there is no default."""
+    limit: Count | None = None
+    """Keep at most this many rows, drawn with the seed; all when not given."""
     reward: str | None = None
     """Reward model that is trained on (rl) or recorded at checkpoints: a folder or an embedded one."""
     out: OutFolder = None
@@ -100,6 +108,23 @@ class PreferRLVerb(Preferring):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreferDistilVerb(DistilConfig, Preferring):
+    """Trains a smaller student on its teacher's soft labels and on the answers themselves (distillation).
+
+    Example: veridical prefer distil --model tiny-liar --data safe --answers teacher --layers 3
+
+    The student has some of the teacher's blocks, or is another model of the same tokenizer (--student). Every
+    checkpoint is held against the teacher; `veridical compare OUT/model --reference TEACHER` says what was
+    lost.
+    """
+
+    model: str | None = None
+    """The teacher: a folder, a hub name, or an embedded organism. Required."""
+    student: str | None = None
+    """Model that the student begins as; made of the teacher (--layers, --init) when not given."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PreferConstitutionVerb(ConstitutionConfig):
     """Lets a model criticise and revise its answers by principles, and label pairs (constitutional AI).
 
@@ -167,6 +192,7 @@ VERBS: dict[str, type] = {
     "prefer dpo": PreferDPOVerb,
     "prefer ipo": PreferIPOVerb,
     "prefer rl": PreferRLVerb,
+    "prefer distil": PreferDistilVerb,
     "prefer constitution": PreferConstitutionVerb,
     "prefer guidelines": PreferGuidelinesVerb,
 }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from veridical.saes.auxk import Plan, auxiliary_loss, plans
 from veridical.saes.base import FIRED, SAE, Loss, figures
+from veridical.saes.config import SAEConfig
 from veridical.saes.kernels import Block, Chosen, Scan, encode_at, error_at
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,6 +21,10 @@ class SparseSAE(SAE):
 
     The training step has a leading member axis throughout, of length 1 for a single SAE.
     """
+
+    def __init__(self, configs: SAEConfig | Sequence[SAEConfig], d_in: int, d_out: int | None = None) -> None:
+        super().__init__(configs, d_in, d_out)
+        self._scratch: list[Tensor] = []
 
     @abstractmethod
     def pick(self, scan: Scan) -> Chosen:
@@ -39,7 +44,8 @@ class SparseSAE(SAE):
             blocks = [
                 Block(plan.member, plan.ids, encoded.new_empty(len(x), len(plan.ids))) for plan in planned
             ]
-            scan = Scan(encoded, self.led(self.W_enc, 3), self.led(self.b_enc, 2), blocks, self.product_dtype)
+            W, b = self.led(self.W_enc, 3), self.led(self.b_enc, 2)
+            scan = Scan(encoded, W, b, blocks, self.product_dtype, self._scratch)
             chosen = self.pick(scan)
         centre = self.led(self.b_dec, 2) if self.centred else None
         values, known = encode_at(

@@ -1,6 +1,10 @@
 """Steering: small changes of what a model represents, with what they do to its behaviour measured.
 
-`neutral` has the text on which nothing should change, and the exact KL there.
+`neutral` has the text on which nothing should change, and the exact KL there; `behaviour` what a model does,
+row by row. `vectors` is what is added to activations or erased from them, found by `directions`, at a
+strength that `calibrate` sets, under the conditions of a `gate`; it is kept by `vector_files`, and handed on
+as a control vector (`gguf`) or as biases (`merging`). `baselines` are what every intervention is compared
+with.
 """
 
 from __future__ import annotations
@@ -10,15 +14,42 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
+    from veridical.steering.baselines import FewShot, Nothing, Prompt, engineered_prompt, random_like
+    from veridical.steering.behaviour import Behaviour, Target, target_of
     from veridical.steering.neutral import NeutralKL, NeutralMeter, kl_loss, neutral_kl, neutral_texts
+    from veridical.steering.vectors import SteeringVector
 
 _HOME = {
+    "Behaviour": "behaviour",
+    "FewShot": "baselines",
     "NeutralKL": "neutral",
     "NeutralMeter": "neutral",
+    "Nothing": "baselines",
+    "Prompt": "baselines",
+    "SteeringVector": "vectors",
+    "Target": "behaviour",
+    "engineered_prompt": "baselines",
     "kl_loss": "neutral",
     "neutral_kl": "neutral",
     "neutral_texts": "neutral",
+    "random_like": "baselines",
+    "target_of": "behaviour",
 }
-__all__ = ["NeutralKL", "NeutralMeter", "kl_loss", "neutral_kl", "neutral_texts"]
+__all__ = [
+    "Behaviour",
+    "FewShot",
+    "NeutralKL",
+    "NeutralMeter",
+    "Nothing",
+    "Prompt",
+    "SteeringVector",
+    "Target",
+    "engineered_prompt",
+    "kl_loss",
+    "neutral_kl",
+    "neutral_texts",
+    "random_like",
+    "target_of",
+]
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

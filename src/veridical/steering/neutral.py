@@ -238,11 +238,11 @@ class NeutralMeter:
                     "a KL compares the same tokens"
                 )
         inputs = self.model.batch(now)
-        with torch.no_grad():
+        starts = [len(item.ids) - int(self.rows.counts[row]) for row, item in zip(batch, now)]
+        with torch.no_grad(), self.model.reading(starts):
             logits = self.model.run(inputs).logits
         parts = [
-            logits[line, len(item.ids) - 1 - int(self.rows.counts[row]) : len(item.ids) - 1]
-            for line, (row, item) in enumerate(zip(batch, now))
+            logits[line, start - 1 : len(item.ids) - 1] for line, (start, item) in enumerate(zip(starts, now))
         ]
         return torch.cat(parts)
 
