@@ -39,6 +39,7 @@ KINDS = {
     "Comparison": "comparison.comparison",
     "DirectLogits": "interventions.direct",
     "ErasureCheck": "probes.erasure_check",
+    "Evaluation": "steering.evaluation",
     "HonestyReport": "probes.honesty_report",
     "Frontier": "preference.frontier",
     "HackingCheck": "preference.hacking",
@@ -49,6 +50,7 @@ KINDS = {
     "Patched": "interventions.patched",
     "PatchedPaths": "interventions.patched_paths",
     "PreferenceRun": "preference.runs",
+    "Proposal": "steering.proposal",
     "TransferMatrix": "probes.transfer",
     "TunedLens": "interventions.tuned_result",
 }
