@@ -32,12 +32,15 @@ if TYPE_CHECKING:
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
     "AdapterReport": "steering.adapter",
+    "Agreement": "preference.agreement",
     "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
     "Circuit": "interventions.circuit_result",
     "Comparison": "comparison.comparison",
+    "ConstitutionalData": "preference.revised",
     "DirectLogits": "interventions.direct",
+    "Distilled": "preference.distilled",
     "ErasureCheck": "probes.erasure_check",
     "Evaluation": "steering.evaluation",
     "HonestyReport": "probes.honesty_report",
@@ -49,6 +52,7 @@ KINDS = {
     "ModelTransfer": "probes.model_transfer",
     "Patched": "interventions.patched",
     "PatchedPaths": "interventions.patched_paths",
+    "Policies": "comparison.policies",
     "PreferenceRun": "preference.runs",
     "Proposal": "steering.proposal",
     "TransferMatrix": "probes.transfer",

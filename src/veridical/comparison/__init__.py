@@ -11,17 +11,33 @@ if TYPE_CHECKING:
     from veridical.comparison.comparison import Comparison
     from veridical.comparison.config import CompareConfig
     from veridical.comparison.duo import Duo, load_pair
+    from veridical.comparison.policies import Policies
+    from veridical.comparison.several import compare_many
     from veridical.comparison.weights import weight_change
+    from veridical.comparison.where import where
 
-__all__ = ["CompareConfig", "Comparison", "Duo", "compare", "load_pair", "weight_change"]
+__all__ = [
+    "CompareConfig",
+    "Comparison",
+    "Duo",
+    "Policies",
+    "compare",
+    "compare_many",
+    "load_pair",
+    "weight_change",
+    "where",
+]
 
 _HOME = {
     "CompareConfig": "config",
     "Comparison": "comparison",
     "Duo": "duo",
+    "Policies": "policies",
     "compare": "compare",
+    "compare_many": "several",
     "load_pair": "duo",
     "weight_change": "weights",
+    "where": "where",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -25,6 +25,8 @@ SITE_TABLES = {
     "directions": ("cosine", "cosine of directions"),
 }
 """Tables with a line per site, their column that goes into `to_frame`, and what it is called there."""
+LEFT_OUT = {"probes left out": "probe", "SAEs left out": "sae"}
+"""Tables of what was given and could not be read, with the column of its name."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,11 +88,17 @@ class Comparison(Saved):
 
     def findings(self) -> list[str]:
         """The same as sentences, and what could not be compared."""
+        return [f"{finding}." for finding in self.found] + self._missing()
+
+    def _missing(self) -> list[str]:
         missing: dict[str, list[str]] = {}
         for measure, why in self.facts["not_applicable"].items():
             missing.setdefault(why, []).append(measure)
-        said = [f"{finding}." for finding in self.found]
-        said += [f"Not applicable, as {why}: {', '.join(measures)}." for why, measures in missing.items()]
+        said = [f"Not applicable, as {why}: {', '.join(measures)}." for why, measures in missing.items()]
+        for name, column in LEFT_OUT.items():
+            table = self.tables.get(name)
+            lines = [] if table is None else table[[column, "why"]].itertuples(index=False)
+            said += [f"Left out: {which}, as {why}." for which, why in lines]
         return said
 
     def figure(self, what: str | None = None) -> go.Figure:
@@ -98,8 +106,8 @@ class Comparison(Saved):
 
         Args:
             what: "position" or "answer" (KL by position of the text or around an answer's beginning), "sites"
-                (all measures along the depth), "weights", "shift" (tokens), "texts" (token by token). The
-                first that there is when not given.
+                (all measures along the depth), "where", "where parts", "where heads" (cross-model patching),
+                "weights", "shift" (tokens), "texts" (token by token). The first that there is when not given.
 
         Raises:
             UnknownNameError: Another name.
@@ -115,13 +123,20 @@ class Comparison(Saved):
         from veridical.reporting.section import Section
 
         facts, found = self.facts, self.found
-        there = [str(each) + "." for each in found if each.found]
-        absent = [str(each) + "." for each in found if not each.found]
-        text = ["What changed, the most important first:", *there] if there else ["Nothing changed."]
-        if absent:
-            text += ["Looked for and not found:", *absent]
-        text += self.findings()[len(found) :]
-        text += [*facts["notes"], str(facts["said"])]
+        parts = {
+            "What the policy does otherwise, and what can be read from it otherwise:": [
+                each for each in found if each.found and each.kind == "change"
+            ],
+            "How far apart the two are, and where; above zero for any two models that are not equal, and so "
+            "no sign by itself that something was trained in:": [
+                each for each in found if each.found and each.kind == "distance"
+            ],
+            "Looked for and not found:": [each for each in found if not each.found],
+        }
+        text = [] if any(each.found for each in found) else ["Nothing changed."]
+        for head, lines in parts.items():
+            text += [head, *(f"{each}." for each in lines)] if lines else []
+        text += [*self._missing(), *facts["notes"], str(facts["said"])]
         tables = tuple(
             (f"{name[0].upper()}{name[1:]}", table.head(24).round(4))
             for name, table in self.tables.items()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from veridical.comparison.where_figures import draw_heads, draw_parts, draw_positions, locatable
 from veridical.errors import InputError, unknown
 from veridical.reporting import figures
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
     from veridical.comparison.comparison import Comparison
 
-KINDS = ("position", "answer", "sites", "weights", "shift", "texts")
+KINDS = (
+    "position", "answer", "sites", "where", "where parts", "where heads", "weights", "shift", "texts",
+)  # fmt: skip
 CELL = 10
 """Characters of a token that are written in a cell."""
 
@@ -26,6 +29,9 @@ def draw(result: Comparison, what: str) -> go.Figure:
         "position": lambda: _positions(result, "text"),
         "answer": lambda: _positions(result, "answer"),
         "sites": lambda: _sites(result),
+        "where": lambda: draw_positions(result.tables),
+        "where parts": lambda: draw_parts(result.tables),
+        "where heads": lambda: draw_heads(result.tables),
         "weights": lambda: _weights(result),
         "shift": lambda: _shift(result),
         "texts": lambda: _texts(result),
@@ -43,6 +49,7 @@ def drawable(result: Comparison) -> list[str]:
         "answer": any((table["axis"] == "answer").any() for table in positions),
         "position": bool(positions),
         "sites": any(name in tables for name in ("drift", "cka", "logit-lens divergence")),
+        **locatable(tables),
         "weights": "weights" in tables and bool((tables["weights"]["norm"] > 0).any()),
         "shift": any(not table.empty for name, table in tables.items() if name.startswith("shifted")),
         "texts": any(not table.empty for name, table in tables.items() if name.startswith("texts")),

@@ -46,7 +46,7 @@ def compare(options: CompareVerb) -> Path:
         pairs = pairs if options.limit is None else limited(pairs, options.limit, options.seed)
     log.info("  %s", pairs)
     with step("comparing"):
-        found = measure(duo, pairs, probes, part(CompareConfig, options))
+        found = measure(duo, pairs, probes, config=part(CompareConfig, options))
     for line in found.findings():
         log.info("  %s", line)
     found.save(out)

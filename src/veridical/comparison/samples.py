@@ -58,7 +58,7 @@ def sample(
     policy, longest = duo.policy, duo.context_length
     limit: dict[str, Any] = {"max_length": longest - max_new_tokens} if longest else {}
     before, _ = duo.encode([prompts[row] for row in rows], on_long=on_long, **limit)
-    ends = ends_of(policy)
+    ends = _ends(policy)
     given, new = [], []
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -77,13 +77,17 @@ def open_rows(prompts: Sequence[Any]) -> list[int]:
     """Where each prompt that can be continued (a text, or a chat without its answer) first stands."""
     first: dict[str, int] = {}
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        if can_go_on(prompt):
             first.setdefault(repr(prompt), row)
     return list(first.values())
 
 
-def ends_of(model: Any) -> set[int]:
-    """Ids after which an answer has ended."""
+def can_go_on(prompt: Any) -> bool:
+    """Whether a prompt is a text, or a chat without its answer."""
+    return isinstance(prompt, str) or prompt[-1]["role"] != "assistant"
+
+
+def _ends(model: Any) -> set[int]:
     settings = getattr(model.model, "generation_config", None)
     found: Any = getattr(settings, "eos_token_id", None)
     found = getattr(model.tokenizer, "eos_token_id", None) if found is None else found

@@ -146,7 +146,7 @@ def _score_nodes(
             if not runs.alone:
                 theirs, run = measure(model, batch.source, metric, sites)
                 source = run.values
-                found.add(":source", theirs)  # type: ignore[arg-type]
+                found.add(":source", theirs)
             for site in sites:
                 gradient, own = here.gradients[site.name], here.values[site.name]
                 if first:

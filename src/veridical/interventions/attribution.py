@@ -232,14 +232,13 @@ class Attribution(Saved):
     def _parts(self) -> list[tuple[pd.DataFrame, np.ndarray]]:
         """What there is, as lines that name it and scores `[examples, lines]`."""
         found = []
-        for keys, values in [self._edge_lines()] if self.edge_scores is not None else self._node_parts():
+        edges = self.edge_scores
+        for keys, values in self._node_parts() if edges is None else [self._edge_lines(edges)]:
             there = np.flatnonzero(np.isfinite(values).any(0))
             found.append((keys.iloc[there].reset_index(drop=True), values[:, there]))
         return found
 
-    def _edge_lines(self) -> tuple[pd.DataFrame, np.ndarray]:
-        values = self.edge_scores
-        assert values is not None
+    def _edge_lines(self, values: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
         apart = values.ndim == 4
         there = np.argwhere(np.isfinite(values).any(0))
         chosen = values[(slice(None), *there.T)]

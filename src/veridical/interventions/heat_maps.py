@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from veridical.errors import unknown
+from veridical.interventions.stacked import stacked
 from veridical.reporting import figures
 
 if TYPE_CHECKING:
@@ -15,33 +16,19 @@ if TYPE_CHECKING:
 
     from veridical.interventions.patched import Patched
 
-CELL = 22
-"""Pixels of a line of cells."""
-TITLE, AXIS = 36, 150
-"""Pixels above a map for its title, and below it for slanted tokens and the next map's title."""
 LONGEST = 14
 """Characters of a token that the axis shows."""
 
 
 def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
     """One map for each kind of site, with one colour scale around 0; see `Patched.figure`."""
-    from plotly.subplots import make_subplots
-
     if what not in ("effect", "recovered"):
         raise unknown("quantity", what, ("effect", "recovered"))
     frame = result.to_frame()
     parts = [(kind, part) for kind, part in frame.groupby("kind", sort=False)]
     maps = [_Map(part, str(kind), what) for kind, part in parts]
-    heights = [CELL * max(3, len(each.rows)) for each in maps]
-    height = TITLE + sum(heights) + AXIS * len(maps)
-    inside = height - TITLE - AXIS  # plotly counts the gaps as shares of what lies within the margins
-    figure = make_subplots(
-        rows=len(maps),
-        cols=1,
-        row_heights=heights,
-        subplot_titles=[each.title for each in maps] if len(maps) > 1 else None,
-        vertical_spacing=AXIS / inside if len(maps) > 1 else 0,
-    )
+    titles = [each.title for each in maps] if len(maps) > 1 else None
+    figure = stacked([len(each.rows) for each in maps], titles)
     values = np.abs(frame[what].to_numpy(dtype=float))
     bound = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     unit = "" if what == "recovered" else str(result.facts["unit"])
@@ -60,8 +47,8 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
             "colorbar": {"title": {"text": figures.plain(name), "side": "right"}, "thickness": 12},
         }
     )
-    figures.style(figure, title, height=height, legend=False)
-    return figure.update_layout(hovermode="closest", margin={"t": TITLE, "b": AXIS})
+    figures.style(figure, title, height=figure.layout.height, legend=False)
+    return figure.update_layout(hovermode="closest")
 
 
 class _Map:

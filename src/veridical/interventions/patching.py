@@ -70,7 +70,8 @@ def patch(
         sites: Sites or globs, such as "resid_pre.*" or ["z.*", "mlp_out.*"]. Patterns are patched by query.
         positions: None or "each": one item for each position. "all": the whole site at once. A list of
             positions or sets of positions, of the clean rows' tokens, negative from the end; or a mapping
-            from a name to words of the text or to positions.
+            from a name to words of the text, to positions, or to a function from a row's token count to
+            its positions.
         heads: For q, k, v, z and patterns: "all" or a list takes heads one by one; None patches all of the
             site together. Heads of k and v are those of the keys and values.
         direction: "denoising" puts clean activations into the corrupt run, "noising" corrupt into clean.
@@ -180,7 +181,7 @@ class _Part:
             if not self.denoising:
                 taken = (self.theirs.corrupt, self.theirs.corrupt_mask)
         read = [site.name for site in sites]
-        options: dict[str, Any] = {"keep": metric.keep, "site": metric.site, "read": read}
+        options: dict[str, Any] = {"keep": metric.keep, "site": metric.site, "ids": metric.ids, "read": read}
         base = Engine(self.model, *given, plain=plain, **options)
         if self.other is not self.model:
             options["site"] = None

@@ -40,6 +40,16 @@ class Batch:
     matched: Tensor
     aligned: bool
 
+    @property
+    def first_difference(self) -> int:
+        """The first column in which any row has another token in the one run than in the other."""
+        same = [self.base[name] == self.source[name] for name in ("input_ids", "attention_mask")]
+        differs = ~torch.stack(same).all(0).all(0)
+        found = differs.nonzero().flatten()
+        if self.aligned:
+            return 0
+        return int(found[0]) if len(found) else len(differs) - 1
+
     def of_source(self, value: Tensor) -> Tensor:
         """A source value `[batch, pos, ...]` with each base position's partner at that position."""
         if not self.aligned:

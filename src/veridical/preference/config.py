@@ -10,8 +10,9 @@ from pydantic.dataclasses import dataclass
 from veridical.config import STRICT, Count, Seed
 from veridical.errors import ConfigError
 
-Method = Literal["sft", "reward", "dpo", "ipo", "rl"]
+Method = Literal["sft", "reward", "dpo", "ipo", "rl", "distil"]
 METHODS: tuple[Method, ...] = ("sft", "reward", "dpo", "ipo", "rl")
+"""Those that train on preferences; distillation takes a teacher, see `distil`."""
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -55,6 +56,67 @@ class PreferConfig:
     """Seed of order, initial LoRA, sampling and held-out prompts."""
     progress: bool | None = None
     """Progress bars; by default only on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DistilConfig(PreferConfig):
+    """How a student is trained to answer as its teacher."""
+
+    temperature: Positive = 2.0
+    """Temperature of both distributions in the soft loss; its gradient is scaled back by the square."""
+    soft_weight: NotNegative = 0.5
+    """Weight of the soft loss: KL of the student to the teacher at each token of the answer."""
+    hard_weight: NotNegative = 0.5
+    """Weight of the student's own loss: cross-entropy of the answer's tokens."""
+    answers: Literal["data", "teacher"] = "data"
+    """Whose answers are learnt: those of the data, or what the teacher draws for the prompts."""
+    layers: Count | None = None
+    """Blocks of the student where none is given; half of the teacher's when not given."""
+    init: Literal["teacher", "random"] = "teacher"
+    """What such a student begins with: blocks of the teacher, spread evenly, or random weights."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ConstitutionConfig:
+    """How a model criticises and revises its answers, and labels which of two is better."""
+
+    rounds: Annotated[int, pydantic.Field(ge=0)] = 2
+    """Critiques and revisions of each answer, one after the other; 0 only labels (with --compare samples)."""
+    critiques: bool = True
+    """Ask for a critique before each revision; otherwise the revision is asked for at once."""
+    revisions: Literal["last", "all"] = "last"
+    """What goes into the SFT data: the last revision of each prompt, or every one."""
+    labels: bool = True
+    """Ask which of two answers is better, for preference data."""
+    compare: Literal["revision", "samples"] = "revision"
+    """What is labelled: the first answer against the last revision, or two answers drawn to one prompt."""
+    votes: Count = 1
+    """Principles drawn for each comparison; the probabilities that they give are averaged."""
+    tie: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.05
+    """A probability within this of one half is a tie, which gives no preference."""
+    min_coverage: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.1
+    """Least probability that the labeller puts on the two letters together; below it the label is a fail."""
+    examples: Annotated[int, pydantic.Field(ge=0)] | None = None
+    """Worked examples of the principles file that are shown; all when not given, 0 for none."""
+    style: Literal["auto", "chat", "transcript"] = "auto"
+    """Turns of a chat, or one transcript of Human and Assistant; auto takes the chat where there is a
+    template."""
+    system: str = ""
+    """System message under which the first answers are given, such as one that asks for help with anything;
+    it stands in no critique and in none of the data."""
+    temperature: NotNegative = 1.0
+    """Of answers, critiques and revisions, drawn from the whole distribution; 0 takes the likeliest token."""
+    max_new_tokens: Count = 256
+    """Longest answer, critique or revision in tokens."""
+    batch: Count = 16
+    """Prompts that go through all stages together; what a killed run repeats is at most one stage of one
+    batch."""
+    limit: Count | None = None
+    """Keep at most this many prompts, drawn with the seed; for a quick look."""
+    seed: Seed = 0
+    """Seed of the principles that are drawn, and of the answers."""
+    progress: bool | None = None
+    """Progress bar; by default only on a terminal."""
 
 
 def first_loss(method: Method, beta: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What `veridical prefer` does: a training, its report, and for rl the frontier and the check for hacking."""
+"""The trainings of `veridical prefer`, with their reports; for rl the frontier and the check for hacking."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from veridical.config import to_dict
 from veridical.console import said_where, step
 from veridical.files import write_json
-from veridical.preference.config import Method, PreferConfig
+from veridical.preference.config import DistilConfig, Method, PreferConfig
+from veridical.preference.data import Need, Preferences, load_preferences
+from veridical.preference.distil import distil as train_student
 from veridical.preference.frontier import LEAST_POINTS, frontier
 from veridical.preference.hacking import check_hacking
 from veridical.preference.reward import load_reward
 from veridical.preference.runs import PreferenceRun
-from veridical.preference.training import prefer
-from veridical.preference.verbs import Preferring, PreferRLVerb
+from veridical.preference.training import NEEDS, prefer
+from veridical.preference.verbs import PreferDistilVerb, Preferring, PreferRLVerb
 from veridical.reporting import report
 from veridical.running import part, records, short
 
@@ -24,6 +26,12 @@ INTRO = """\
 A model was trained on preferences, and every checkpoint was loaded from disk and compared with the \
 reference that training began at. KL is exact over the vocabulary at each position and taken on the policy's \
 own samples; it is another quantity than KL on fixed text."""
+
+
+DISTIL = """\
+A student was trained to answer as its teacher, and every checkpoint was loaded from disk and held against \
+the teacher. KL is exact over the vocabulary at each position and taken on the student's own samples; \
+agreement and cross-entropy are on held-out answers."""
 
 
 def sft(options: Preferring) -> Path:
@@ -51,23 +59,48 @@ def rl(options: PreferRLVerb) -> Path:
     return _train("rl", options)
 
 
+def distil(options: PreferDistilVerb) -> Path:
+    """A student of the model; returns the folder."""
+    options.require("prefer distil")
+    out = _out("distil", options)
+    rows = _rows(options, "prompt" if options.answers == "teacher" else "chosen")
+    run = train_student(
+        str(options.model), rows, out, part(DistilConfig, options), student=options.student,
+        reward=options.reward,
+    )  # fmt: skip
+    return _keep(run, options, out, DISTIL)
+
+
+def _out(method: Method, options: Preferring) -> Path:
+    name = f"{method}-{short(str(options.model))}-{short(str(options.data))}"
+    return options.out or Path("runs") / name
+
+
+def _rows(options: Preferring, need: Need) -> Preferences:
+    """The data that the options name, cut to `limit` rows drawn at random."""
+    rows = load_preferences(str(options.data), options.preferred, need)
+    return rows if options.limit is None else rows.limited(options.limit, options.seed)
+
+
 def _train(method: Method, options: Preferring) -> Path:
     options.require(f"prefer {method}")
-    name = f"{method}-{short(str(options.model))}-{short(str(options.data))}"
-    out = options.out or Path("runs") / name
-    run = prefer(
-        method, str(options.model), str(options.data), out, part(PreferConfig, options),
-        preferred=options.preferred, reward=options.reward,
-    )  # fmt: skip
+    out = _out(method, options)
+    rows = _rows(options, NEEDS[method])
+    run = prefer(method, str(options.model), rows, out, part(PreferConfig, options), reward=options.reward)
     if isinstance(options, PreferRLVerb):
         _judge(run, options, out)
+    return _keep(run, options, out, INTRO)
+
+
+def _keep(run: PreferenceRun, options: Preferring, out: Path, intro: str) -> Path:
+    """What made the run beside it, and its report."""
     write_json(out / "config.json", to_dict(options))
     write_json(out / "metrics.json", {"checkpoints": records(run.to_frame())})
     for line in run.findings():
         log.info("  %s", line)
     log.info("model: %s", run.folder)
-    title = f"{method.upper()} of {short(str(options.model))}"
-    said_where(report(out, out / "report.html", title=title, intro=INTRO))
+    title = f"{run.facts['method'].upper()} of {short(str(options.model))}"
+    said_where(report(out, out / "report.html", title=title, intro=intro))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import html
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from veridical.errors import InputError
+from veridical.probes.fits import MismatchError
 from veridical.saved_result import Saved
-from veridical.steering.lora import LoRA, added, peft_config, put_on
-from veridical.steering.runner import lora_scaled
+from veridical.steering.lora import LoRA, lora_scaled, peft_config, put_on
+from veridical.steering.reft import ReFT
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -30,11 +32,12 @@ class AdapterReport(Saved):
     """What an adapter was measured to do.
 
     Attributes:
-        table: `measure`, `plain`, `adapted`, `change`, `low`, `high` (95 % interval of the adapted value), `n`.
-        dial: Of `veridical.steering.dial.dial`.
+        table: `measure`, `plain`, `adapted`, `change`, `low`, `high` (95 % interval of the adapted value),
+        `n`. dial: Of `veridical.steering.dial.dial`.
         looks: Looks at the training on validation pairs: `step`, `shown`, `margin`, `kl`, `kept`.
         log: Losses, KL and multiplier of every step.
-        facts: Model, data, options, fingerprints; `kl`, `kl_budget`, `met`, `scale`, `range`, `norm`, `notes`.
+        facts: Model, data, options, fingerprints; `kl`, `kl_budget`, `met`, `scale`, `range`, `norm`,
+            `notes`.
     """
 
     table: pd.DataFrame
@@ -147,7 +150,7 @@ class Adapter:
 
     name = "adapter"
 
-    def __init__(self, lora: LoRA, report: AdapterReport, test: Pairs | None = None) -> None:
+    def __init__(self, lora: LoRA | ReFT, report: AdapterReport, test: Pairs | None = None) -> None:
         self.lora, self.report, self.test = lora, report, test
 
     def __repr__(self) -> str:
@@ -162,7 +165,8 @@ class Adapter:
     def __call__(
         self, model: HookedModel, strength: float = 1.0, *, merged: bool = True
     ) -> contextlib.AbstractContextManager[None]:
-        """The model with the adapter at a strength, while the context lasts; afterwards as before, to the bit.
+        """The model with the adapter at a strength, while the context lasts; afterwards as before, to the
+        bit.
 
         Args:
             model: The model that it was trained on, plain.
@@ -170,25 +174,26 @@ class Adapter:
             merged: Add it to the weights (as fast as the plain model); else PEFT's layers run beside them.
 
         Raises:
-            InputError: Another model, by its fingerprint.
+            InputError: A strength that is not finite.
+            MismatchError: Another model, by its fingerprint.
         """
+        if not math.isfinite(strength):
+            raise InputError(f"strength is {strength}; expected a finite number")
         self.check_base(model)
         low, high = self.range
         if not low <= strength <= high:
             warnings.warn(
                 f"strength {strength:g} is outside {low:g} to {high:g}, the range that this adapter was "
-                f"measured in; {self._nearest(strength)}",
+                f"measured to be monotone in; {self._nearest(strength)}",
                 stacklevel=2,
             )
-        return self.at(model, strength, merged=merged)
+        return self.on(model, strength, merged=merged)
 
     @contextlib.contextmanager
-    def at(self, model: HookedModel, strength: float, *, merged: bool = True) -> Iterator[None]:
+    def on(self, model: HookedModel, strength: float = 1.0, *, merged: bool = True) -> Iterator[None]:
         """As a call, without its checks."""
-        if strength == 0:
-            yield
-        elif merged:
-            with added(model.model, self.lora, strength):
+        if merged or strength == 0 or isinstance(self.lora, ReFT):
+            with self.lora.on(model, strength):
                 yield
         else:
             config = peft_config(self.lora)
@@ -199,13 +204,13 @@ class Adapter:
         """Refuses a model that is not the one the adapter was trained on.
 
         Raises:
-            InputError: Another fingerprint.
+            MismatchError: Another fingerprint; on other weights its effect is unknown.
         """
-        expected, found = self.report.facts["model_fingerprint"], model.fingerprint()
-        if found != expected:
-            raise InputError(
-                f"this adapter was trained on {self.report.facts['model']} (fingerprint {expected[:8]}), and "
-                f"{model.path} has the fingerprint {found[:8]}; on other weights its effect is unknown"
+        own, found = self.report.facts, model.fingerprint()
+        if found != own["model_fingerprint"]:
+            raise MismatchError(
+                f"this adapter was trained on {own['model']} (fingerprint {own['model_fingerprint'][:12]}), "
+                f"not on {model.path} (fingerprint {found[:12]}); on other weights its effect is unknown"
             )
 
     def save(self, folder: str | Path, model: HookedModel | None = None) -> Path:

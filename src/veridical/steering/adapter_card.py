@@ -19,7 +19,8 @@ def card(report: AdapterReport, proof: Mapping[str, Any]) -> str:
         for row in report.table.itertuples()
     ]
     dial = [
-        f"| {row.strength:g} | {row.target:.3f} | {row.kept:.3f} | {row.kl:.4f} |" for row in report.dial.itertuples()
+        f"| {row.strength:g} | {row.target:.3f} | {row.kept:.3f} | {row.kl:.4f} |"
+        for row in report.dial.itertuples()
     ]
     right, kl = proof["right"], proof["kl"]
     low, high = facts["range"]
@@ -52,7 +53,7 @@ model = PeftModel.from_pretrained(base, "this/folder")     # or .merge_and_unloa
 
 ## Strength
 
-Claimed from {low:g} to {high:g}, where it was measured to be monotone. {facts["target"]}; {facts["kept"] or "-"}.
+Claimed from {low:g} to {high:g}, where it was measured to be monotone.
 
 | strength | {facts["target"]} | {facts["kept"] or "-"} | neutral KL |
 | --- | --- | --- | --- |
@@ -60,9 +61,11 @@ Claimed from {low:g} to {high:g}, where it was measured to be monotone. {facts["
 
 ## Proof
 
-Measured again from these files ({proof["how"]}), on {proof["questions"]} rows and {proof["texts"]} texts: the right option
-is the likeliest in {right["base"]:.3f} of the rows without, {right["unmerged"]:.3f} with the adapter, {right["merged"]:.3f} merged. KL on neutral
-text {kl["unmerged"]:.4f} unmerged, {kl["merged"]:.4f} merged, in nats a token.
+Measured again from these files ({proof["how"]}), on
+{proof["questions"]} rows and {proof["texts"]} texts. The first answer (the right one, of questions) is the
+likeliest in {right["base"]:.3f} of the rows without, {right["unmerged"]:.3f} with the adapter,
+{right["merged"]:.3f} merged. KL on neutral text {kl["unmerged"]:.4f} unmerged, {kl["merged"]:.4f} merged, in
+nats a token.
 
 ## Limits
 

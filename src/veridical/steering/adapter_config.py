@@ -1,4 +1,5 @@
-"""What the training of an adapter is made of: the API's options, the flags, a recipe's keys, the saved JSON."""
+"""What the training of an adapter is made of: the API's options, the flags, a recipe's keys, the saved
+JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +29,15 @@ class AdapterConfig:
     """What is trained for: representation (states become those of the other prompt), rerouting (circuit
     breakers), hidden_preference, dpo, ipo, distil_vector; for comparison loreft and direft, which are no LoRA
     and are not exported."""
-    toward: Literal[0, 1] = 0
+    towards: Literal[0, 1] = 0
     """The label whose behaviour a positive strength moves to; a negative strength moves to the other."""
     kl_budget: Positive = 0.05
     """Most KL(adapted || plain) on neutral text at strength 1, in nats a token, exact over the vocabulary."""
-    sites: Sites = "resid_post.*"
-    """Sites whose states the losses on states read (several: separate with commas)."""
+    sites: Sites = ""
+    """Sites whose states the losses on states read (several: separate with commas); the residual stream in
+    the middle third of the depth if not given."""
+    retain: NotNegative = 1.0
+    """Weight of the states staying as they are on text of other behaviour, where there is such text."""
     rank: Count = 8
     """Rank of the LoRA, or of the subspace of ReFT."""
     modules: tuple[str, ...] = ()
@@ -45,7 +49,8 @@ class AdapterConfig:
     batch: Count = 16
     """Pairs in one update, and as many rows of neutral text."""
     learning_rate: Positive = 4e-3
-    """Highest learning rate: a linear rise over the first tenth of the steps, then a linear fall to a tenth."""
+    """Highest learning rate: a linear rise over the first tenth of the steps, then a linear fall to a
+    tenth."""
     weight_decay: NotNegative = 0.01
     """Decay of the LoRA's weights in AdamW, which keeps the change small."""
     max_grad_norm: Positive = 1.0

@@ -35,9 +35,9 @@ def dial(
 ) -> pd.DataFrame:
     """One line per strength.
 
-    Columns: `strength`; `target`, the share of the target's rows that show the behaviour, and `target_chance`,
-    its mean probability; `kept`, the share of rows to be left alone that are still right, and `kept_chance`
-    (NaN without such rows); `kl` on neutral text (nats a token) and `perplexity` there.
+    Columns: `strength`; `target`, the share of the target's rows that show the behaviour, and
+    `target_chance`, its mean probability; `kept`, the share of rows to be left alone that are still right,
+    and `kept_chance` (NaN without such rows); `kl` on neutral text (nats a token) and `perplexity` there.
 
     Args:
         model: The model, plain.
@@ -83,19 +83,19 @@ def fewer(target: Target, count: int = ROWS) -> Target:
 def monotone_range(table: pd.DataFrame, falls: bool) -> tuple[float, float]:
     """The widest run of measured strengths around 0 over which the dial is monotone: the range to claim.
 
-    Both `target_chance` and, where there are such rows, the probability of a wrong answer on `kept` must
-    not rise (or, with `falls` False, not fall) from one strength to the next by more than `SLACK`.
+    What must not rise (with `falls`) from one strength to the next by more than `SLACK`, or fall (without),
+    is how far the behaviour shows: the mean probability of it on the target's rows, averaged with that of a
+    wrong answer on `kept` where there are such rows. On one of the two alone a dial can stand at its stop.
 
     Args:
         table: Of `dial`.
         falls: Whether the behaviour is to fall with strength.
     """
     ordered = table.sort_values("strength").reset_index(drop=True)
-    curves = [ordered["target_chance"].to_numpy(float)]
+    shows = ordered["target_chance"].to_numpy(float)
     if ordered["kept_chance"].notna().all():
-        curves.append(1 - ordered["kept_chance"].to_numpy(float))
-    steps = [np.diff(curve) * (1 if falls else -1) <= SLACK for curve in curves]
-    good = np.logical_and.reduce(steps)
+        shows = (shows + 1 - ordered["kept_chance"].to_numpy(float)) / 2
+    good = np.diff(shows) * (1 if falls else -1) <= SLACK
     strengths = ordered["strength"].to_numpy(float)
     low = high = int(np.flatnonzero(strengths == 0)[0])
     while low > 0 and good[low - 1]:

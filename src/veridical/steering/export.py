@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from veridical import files
+from veridical import files, hub
 from veridical.adapters import CONFIG, WEIGHTS, is_adapter
 from veridical.errors import DamagedFileError, InputError, ModelError, StoreMismatchError
 from veridical.saved_result import RESULT
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from veridical.hooked import HookedModel
 
 REPORT, DATA, PROOF, SUMS = "report", "data.parquet", "proof.json", "checksums.json"
+FILES = ("*.json", "*.safetensors", "*.parquet", "README.md")
+"""What the folder of an adapter is made of."""
 ASKED = 48
 """Questions, and rows of neutral text, that the proof is measured on."""
 CLOSE = 2e-3
@@ -46,11 +48,14 @@ def save_adapter(adapter: Adapter, folder: str | Path, model: HookedModel | None
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds something else than an adapter; give another folder")
-    if not adapter.report.facts["met"] and adapter.report.facts["kl"] > adapter.report.facts["kl_budget"]:
+    facts = adapter.report.facts
+    if facts["kl"] > facts["kl_budget"]:
         raise ModelError(
-            f"this adapter is at {adapter.report.facts['kl']:.4f} nats a token on neutral text, over its budget of "
-            f"{adapter.report.facts['kl_budget']:g}; it is not saved"
+            f"this adapter is at {facts['kl']:.4f} nats a token on neutral text, over its budget of "
+            f"{facts['kl_budget']:g}; it is not saved"
         )
+    if not isinstance(adapter.lora, LoRA):
+        raise InputError(f"{adapter.lora} is no LoRA and cannot be saved as one; it is there for comparison")
     model = _base(adapter, model)
     adapter.check_base(model)
     with files.explaining_disk(folder):
@@ -81,7 +86,9 @@ def load_adapter(folder: str | Path) -> Adapter:
 
     folder = Path(folder)
     if not is_adapter(folder) or not (folder / REPORT / RESULT).is_file():
-        raise InputError(f"no adapter with a report in {folder}: expected a folder that an adapter was saved in")
+        raise InputError(
+            f"no adapter with a report in {folder}: expected a folder that an adapter was saved in"
+        )
     expected = files.read_json(folder / SUMS)
     for name, found in _sums(folder).items():
         if name in expected and found != expected[name]:
@@ -110,10 +117,63 @@ def stored(folder: Path, asked: Mapping[str, Any]) -> Adapter | None:
                 name = next(key for key in value if (there or {}).get(key) != value[key])
                 there, value = (there or {}).get(name), value[name]
             raise StoreMismatchError(
-                f"{folder} holds an adapter with {name} = {there!r}, asked for is {value!r}; give another folder "
-                "or delete it"
+                f"{folder} holds an adapter with {name} = {there!r}, asked for is {value!r}; give another "
+                "folder or delete it"
             )
     return adapter
+
+
+def merged_model(adapter: Adapter, model: HookedModel, folder: str | Path, strength: float = 1.0) -> Path:
+    """Saves the base with the adapter merged into its weights, as a plain model with its tokenizer.
+
+    Raises:
+        InputError: A folder that is not empty, a strength outside the measured range, or a base that cannot
+            be
+            saved.
+    """
+    folder = Path(folder)
+    low, high = adapter.range
+    if not low <= strength <= high:
+        raise InputError(
+            f"strength {strength:g} is outside {low:g} to {high:g}, where this adapter was measured"
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; give another folder for the merged model")
+    if not callable(getattr(model.model, "save_pretrained", None)):
+        raise InputError(f"{model.path} cannot be saved by transformers")
+    with files.explaining_disk(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            with adapter(model, strength):
+                model.model.save_pretrained(str(made))  # type: ignore[operator]
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(str(made))
+            made.chmod(0o755)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+    return folder
+
+
+def push_adapter(folder: str | Path, repo: str, *, private: bool = True, **options: Any) -> str:
+    """Uploads the folder of a saved adapter, with card, report, data and proof; returns where it now is.
+
+    Args:
+        folder: Where `Adapter.save` wrote it; checked before anything is sent.
+        repo: Name of the repository; made where it does not exist.
+        private: Whether a repository that is made is private.
+        **options: Passed to `HfApi.upload_folder`; `token` to `HfApi`.
+
+    Raises:
+        InputError: No adapter there, or a hub that cannot be reached or written.
+        DamagedFileError: A file that is not as it was written.
+    """
+    load_adapter(folder)
+    return hub.upload(folder, repo, FILES, private=private, **options)
 
 
 def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
@@ -140,14 +200,14 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
     moved = float(np.mean([abs(a - b) for a, b in zip(_flat(said["unmerged"]), _flat(said["base"]))]))
     if not moved > NOTHING:
         raise ModelError(
-            f"loaded with plain PEFT the adapter has no effect: it moves answers by {moved:.1e} nats on the mean; "
-            "nothing was saved"
+            f"loaded with plain PEFT the adapter has no effect: it moves answers by {moved:.1e} nats on the "
+            "mean; nothing was saved"
         )
     for name in ("unmerged", "merged"):
         apart = float(np.max(np.abs(np.array(_flat(said[name])) - np.array(_flat(here)))))
         if not apart <= CLOSE * max(1.0, moved):
             raise ModelError(
-                f"loaded with plain PEFT ({name}) the adapter does something else than it was measured to do: an "
+                f"loaded with plain PEFT ({name}) the adapter does something else than was measured: an "
                 f"answer's log p is off by {apart:.2g} nats; nothing was saved"
             )
     share = {
@@ -179,7 +239,9 @@ def _check_written(lora: LoRA, folder: Path) -> None:
     written = load_file(folder / WEIGHTS)
     for name, value in lora.tensors.items():
         if name not in written or not torch.equal(written[name].float(), value):
-            raise ModelError(f"{name.removeprefix(PREFIX)} was not written as it was trained; nothing was saved")
+            raise ModelError(
+                f"{name.removeprefix(PREFIX)} was not written as it was trained; nothing was saved"
+            )
 
 
 def _job(adapter: Adapter, model: HookedModel) -> tuple[list[Any], list[int], list[Any]]:
@@ -220,12 +282,14 @@ def _run(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     file.write_text(json.dumps(job))
     script = Path(__file__).with_name("proof.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-        cwd=scratch,
+        [sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=TIMEOUT_S,
+        check=False, cwd=scratch,
     )  # fmt: skip
     if done.returncode or not Path(job["out"]).is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"plain PEFT cannot load the adapter in a fresh process: {last[:300]}; nothing was saved")
+        raise ModelError(
+            f"plain PEFT cannot load the adapter in a fresh process: {last[:300]}; nothing was saved"
+        )
     return files.read_json(job["out"])
 
 

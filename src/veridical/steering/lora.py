@@ -20,6 +20,8 @@ from veridical.errors import InputError, ModelError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from veridical.hooked import HookedModel
+
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -61,6 +63,15 @@ class LoRA:
         }
         return replace(self, tensors=tensors)
 
+    @contextlib.contextmanager
+    def on(self, model: HookedModel, strength: float) -> Iterator[None]:
+        """The model with the change added to its weights at a strength; at 0 as it is."""
+        if strength == 0:
+            yield
+            return
+        with added(model.model, self, strength):
+            yield
+
     def norm(self) -> float:
         """Frobenius norm of the change of all weights together."""
         return float(sum((self.delta(path).double() ** 2).sum() for path in self.paths) ** 0.5)
@@ -75,7 +86,9 @@ def lora_of(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoRA:
     said = config.to_dict()
     for name in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern"):
         if said.get(name):
-            raise InputError(f"this adapter has {name} = {said[name]!r}; only a plain LoRA can be scaled exactly")
+            raise InputError(
+                f"this adapter has {name} = {said[name]!r}; only a plain LoRA can be scaled exactly"
+            )
     if said.get("bias", "none") != "none":
         raise InputError(f"this adapter has bias = {said['bias']!r}; only a plain LoRA can be scaled exactly")
     kept = {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in tensors.items()}
@@ -93,7 +106,9 @@ def peft_config(lora: LoRA) -> LoraConfig:
 
 
 @contextlib.contextmanager
-def put_on(module: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Any]:
+def put_on(
+    module: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor] | None = None
+) -> Iterator[Any]:
     """PEFT's layers on `module` while the context lasts; yields PEFT's model.
 
     Raises:
@@ -110,13 +125,17 @@ def put_on(module: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor] 
             try:
                 adapted = get_peft_model(module, config)  # type: ignore[arg-type]
             except ValueError as error:
-                raise ModelError(f"the adapter does not fit the model: {' '.join(str(error).split())}") from error
+                raise ModelError(
+                    f"the adapter does not fit the model: {' '.join(str(error).split())}"
+                ) from error
         if tensors is not None:
             found = set_peft_model_state_dict(adapted, dict(tensors))
             wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
             if wrong:
-                raise ModelError(f"the adapter does not fit the model: {len(wrong)} tensors have no partner, "
-                                 f"the first is {wrong[0]}")
+                raise ModelError(
+                    f"the adapter does not fit the model: {len(wrong)} tensors have no partner, "
+                    f"the first is {wrong[0]}"
+                )
         adapted.train(mode)
         yield adapted
     finally:
@@ -127,6 +146,21 @@ def put_on(module: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor] 
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         module.train(mode)
+
+
+@contextlib.contextmanager
+def lora_scaled(adapted: Any, strength: float) -> Iterator[None]:
+    """PEFT's model with its LoRA at a strength; at 0 the plain model to the last bit."""
+    if strength == 0:
+        with adapted.disable_adapter():
+            yield
+    elif strength == 1:
+        yield
+    else:
+        from peft.helpers import rescale_adapter_scale
+
+        with rescale_adapter_scale(adapted, strength):
+            yield
 
 
 @contextlib.contextmanager
@@ -163,8 +197,13 @@ def _weights(module: nn.Module, lora: LoRA) -> dict[str, tuple[Tensor, bool]]:
         except AttributeError as error:
             raise ModelError(f"the adapter changes {path}, which this model does not have") from error
         shape = lora.delta(path).shape
-        if tuple(weight.shape) != tuple(reversed(shape) if turned else shape) or not weight.is_floating_point():
-            raise ModelError(f"the adapter's change of {path} is {tuple(shape)}, its weight {tuple(weight.shape)}")
+        if (
+            tuple(weight.shape) != tuple(reversed(shape) if turned else shape)
+            or not weight.is_floating_point()
+        ):
+            raise ModelError(
+                f"the adapter's change of {path} is {tuple(shape)}, its weight {tuple(weight.shape)}"
+            )
         found[path] = weight, turned
     return found
 
@@ -175,4 +214,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset | list | tuple):
         items = [_plain(item) for item in value]
         return sorted(items) if isinstance(value, set | frozenset) else items
-    return value if isinstance(value, str | int | float | bool) or value is None else str(getattr(value, "value", value))
+    return (
+        value
+        if isinstance(value, str | int | float | bool) or value is None
+        else str(getattr(value, "value", value))
+    )

@@ -3,10 +3,10 @@
     python proof.py job.json
 
 The job names the folders of base and adapter and has rows of token ids: `questions`, each a list of options
-`[context, answer]`, and `texts`, each `[ids, first]`, whose tokens from `first` on are predicted. Three models
-answer: the base, the base with the adapter beside its weights, and with the adapter merged into them. Written
-to the job's `out`: log p of every option under each, and of the two the exact KL to the base in nats a token
-of `texts`. Nothing of Veridical is imported: what is proved here holds without it.
+`[context, answer]`, and `texts`, each `[ids, first]`, whose tokens from `first` on are predicted. Three
+models answer: the base, the base with the adapter beside its weights, and with the adapter merged into them.
+Written to the job's `out`: log p of every option under each, and of the two the exact KL to the base in nats
+a token of `texts`. Nothing of Veridical is imported: what is proved here holds without it.
 """
 
 import json

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from veridical.steering.runner import Runner
     from veridical.steering.twins import Twin
 
-READS_STATES = True
-
 
 def loss(runner: Runner, items: Sequence[Twin], strength: float, beta: float) -> Tensor:
     """The loss of one batch at a strength."""

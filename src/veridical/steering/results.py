@@ -6,15 +6,17 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from veridical.probes.evaluate import Estimate
 from veridical.steering.adapter import Adapter, AdapterReport
 from veridical.steering.behaviour import Behaviour, Target, conduct, target_of
-from veridical.steering.dial import ROWS, dial, fewer, monotone_range
-from veridical.steering.lora import LoRA, added
+from veridical.steering.dial import dial, fewer, monotone_range
+from veridical.steering.lora import LoRA
 from veridical.steering.neutral import NeutralMeter, speaks_as_organism
+from veridical.steering.reft import ReFT
 from veridical.steering.untouched import untouched
 
 if TYPE_CHECKING:
@@ -38,19 +40,21 @@ def judged(
     notes = list(data.notes)
     if scale < 1:
         notes.append(
-            f"The budget of {config.kl_budget:g} nats a token was not kept to: the trained state is at {kl:.4f}. "
-            f"It was scaled to {scale:.3g} of its strength, which is the most that the budget allows."
+            f"The budget of {config.kl_budget:g} nats a token was not kept to: the state is at "
+            f"{kl:.4f}. It was scaled to {scale:.3g} of its strength, the most that the budget allows."
         )
         log.warning("%s", notes[-1])
     if trained.stopped:
-        notes.append(f"Training ended early ({trained.stopped}); the state of step {trained.chosen.step} is kept.")
+        notes.append(
+            f"Training ended early ({trained.stopped}); the state of step {trained.chosen.step} is kept."
+        )
     lora = trained.lora if scale == 1 else trained.lora.scaled(scale)
-    target = target_of(data.test, config.toward)
-    table = measured(model, lora, target, meter, config.seed)
-    few = NeutralMeter(model, data.neutral["test"].first(ROWS), seed=config.seed)
-    curve = dial(model, lambda strength: added(model.model, lora, strength), fewer(target), few)
+    target = target_of(data.test, config.towards)
+    table = measured(model, lora, target, meter, config)
+    few = NeutralMeter(model, data.neutral["dial"], seed=config.seed)
+    curve = dial(model, lambda strength: lora.on(model, strength), fewer(target), few)
     looks = [
-        {"step": look.step, "shown": look.shown, "margin": look.margin, "kl": look.kl,
+        {"step": look.step, "shown": look.shown, "margin": look.margin, "short": look.short, "kl": look.kl,
          "kept": look is trained.chosen}
         for look in trained.looks
     ]  # fmt: skip
@@ -67,7 +71,7 @@ def judged(
         "kl_budget": config.kl_budget,
         "met": scale == 1,
         "scale": scale,
-        "range": list(monotone_range(curve, falls=config.toward == 0)),
+        "range": list(monotone_range(curve, falls=config.towards == 0)),
         "norm": lora.norm(),
         "relative_norm": _relative(model, lora),
         "test_rows": len(data.test),
@@ -78,11 +82,11 @@ def judged(
     return Adapter(lora, report, data.test)
 
 
-def fitted(model: HookedModel, lora: LoRA, meter: NeutralMeter, budget: float) -> tuple[float, float]:
+def fitted(model: HookedModel, lora: LoRA | ReFT, meter: NeutralMeter, budget: float) -> tuple[float, float]:
     """The largest strength up to 1 whose KL is within the budget, by halving; and the KL at 1."""
 
     def kl(strength: float) -> float:
-        return meter(lambda: added(model.model, lora, strength)).kl.value
+        return meter(lambda: lora.on(model, strength)).kl.value
 
     whole = kl(1.0)
     if whole <= budget:
@@ -95,32 +99,54 @@ def fitted(model: HookedModel, lora: LoRA, meter: NeutralMeter, budget: float) -
 
 
 def measured(
-    model: HookedModel, lora: LoRA, target: Target, meter: NeutralMeter, seed: int
+    model: HookedModel, lora: LoRA | ReFT, target: Target, meter: NeutralMeter, config: AdapterConfig
 ) -> pd.DataFrame:
     """`COLUMNS`, plain and at strength 1: behaviour, its parts, what was to stay, neutral text, and probes of
     what the adapter is not about."""
-    organism = speaks_as_organism(model)
+    organism, seed = speaks_as_organism(model), config.seed
 
     def look() -> tuple[Behaviour, Behaviour | None, list[Behaviour]]:
         return target.of(model), target.stays(model), conduct(model) if organism else []
 
     before = look()
-    with added(model.model, lora, 1.0):
+    with lora.on(model, 1.0):
         after = look()
     lines = [_line(target.name, before[0], after[0], seed)]
     if before[1] is not None and after[1] is not None:
         lines.append(_line(target.kept_name, before[1], after[1], seed))
     lines += [
-        _line(f"{target.name}: {name}", before[0], after[0], seed, rows) for name, rows in target.parts.items()
+        _line(f"{target.name}: {name}", before[0], after[0], seed, rows)
+        for name, rows in target.parts.items()
     ]
+    if config.both_ways and before[1] is not None and target.kept is not None:
+        lines += _other_way(model, lora, target, before[1], seed)
     lines += [_line(one.name, one, other, seed) for one, other in zip(before[2], after[2])]
-    moved = meter(lambda: added(model.model, lora, 1.0))
+    moved = meter(lambda: lora.on(model, 1.0))
     texts = len(meter.rows)
     lines.append(_values("KL on neutral text, nats a token", 0.0, moved.kl, texts))
     ppl = Estimate(moved.perplexity, float("nan"), float("nan"))
     lines.append(_values("perplexity of neutral text", moved.plain_perplexity, ppl, texts))
-    lines += untouched(model, lambda: added(model.model, lora, 1.0), seed)
+    lines += untouched(model, lambda: lora.on(model, 1.0), seed)
     return pd.DataFrame(lines, columns=COLUMNS)
+
+
+def _other_way(
+    model: HookedModel, lora: LoRA | ReFT, target: Target, before: Behaviour, seed: int
+) -> list[dict[str, Any]]:
+    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for."""
+    from veridical.pairs.prompts import NEUTRAL
+
+    with lora.on(model, -1.0):
+        after = target.stays(model)
+    assert after is not None
+    assert target.kept is not None
+    was, now = (Behaviour(one.name, 1 - one.values, 1 - one.chance, one.groups) for one in (before, after))
+    lines = [_line(f"wrong at strength -1, else {target.kept_name}", was, now, seed)]
+    if "system" in target.kept:
+        nothing = np.isin(target.kept["system"].astype(str), [prompt.name for prompt in NEUTRAL])
+        if nothing.any():
+            lines.append(_line("wrong at strength -1 when told nothing", was, now, seed, nothing))
+    return lines
 
 
 def _line(name: str, before: Behaviour, after: Behaviour, seed: int, rows: Any = None) -> dict[str, Any]:
@@ -133,8 +159,10 @@ def _values(name: str, plain: float, adapted: Estimate, count: int) -> dict[str,
     return dict(zip(COLUMNS, values))
 
 
-def _relative(model: HookedModel, lora: LoRA) -> float:
+def _relative(model: HookedModel, lora: LoRA | ReFT) -> float:
     """Norm of the change over that of the weights that it changes."""
+    if isinstance(lora, ReFT):
+        return float("nan")
     weights = [model.model.get_submodule(path).weight for path in lora.paths]
     with torch.no_grad():
         whole = sum((weight.double() ** 2).sum() for weight in weights)

@@ -5,8 +5,7 @@ Rows are padded on the left, so that what two rows end with alike lies at the sa
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,18 +124,3 @@ class Runner:
         log = logits.to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
         chosen = log.gather(-1, ids[..., None])[..., 0]
         return (chosen * mask).sum(-1), counts
-
-
-@contextlib.contextmanager
-def lora_scaled(adapted: Any, strength: float) -> Iterator[None]:
-    """PEFT's model with its LoRA at a strength; at 0 the plain model to the last bit."""
-    if strength == 0:
-        with adapted.disable_adapter():
-            yield
-    elif strength == 1:
-        yield
-    else:
-        from peft.helpers import rescale_adapter_scale
-
-        with rescale_adapter_scale(adapted, strength):
-            yield

@@ -52,7 +52,7 @@ class Twin:
         return self.source != self.target
 
 
-def twins(model: HookedModel, pairs: Pairs, toward: int) -> list[Twin]:
+def twins(model: HookedModel, pairs: Pairs, towards: int) -> list[Twin]:
     """The contrasts in which the model shows the behaviour: its answers on the two sides differ.
 
     Questions with options are asked under both prompts, and count where the model answers the side to be
@@ -62,17 +62,17 @@ def twins(model: HookedModel, pairs: Pairs, toward: int) -> list[Twin]:
     Args:
         model: The model, plain.
         pairs: With a `label`; sides are matched by `question_id`, or else by `pair`.
-        toward: The label that is moved to.
+        towards: The label that is moved to.
 
     Raises:
         UnknownNameError: No label column.
-        DataError: No label `toward`, no two-sided pair, no answers, or none that shows the behaviour; says
+        DataError: No label `towards`, no two-sided pair, no answers, or none that shows the behaviour; says
             how many were looked at.
     """
-    matched = list(_matched(pairs, toward))
+    matched = list(_matched(pairs, towards))
     if not matched:
         raise DataError(
-            f"no pair of {pairs.name} has a row with label {toward} and one with another label, so there is "
+            f"no pair of {pairs.name} has a row with label {towards} and one with another label, so there is "
             "nothing to move from or to"
         )
     rows = sorted({row for both in matched for row in both})
@@ -86,8 +86,9 @@ def twins(model: HookedModel, pairs: Pairs, toward: int) -> list[Twin]:
     ]
     if not found:
         raise DataError(
-            f"nothing to learn: in none of the {len(matched)} pairs of {pairs.name} does {model.path} show the "
-            f"behaviour (0 of {int(known[[away for away, _ in matched]].sum())} known ones; its answers on "
+            f"nothing to learn: in none of the {len(matched)} pairs of {pairs.name} does {model.path} "
+            "show the behaviour (of "
+            f"{int(known[[away for away, _ in matched]].sum())} known ones none; its answers on "
             "both sides are the same)"
         )
     return found
@@ -149,15 +150,16 @@ def _row(item: Encoded) -> Row:
     return Row(item.ids, len(item.ids) - item.prompt_tokens)
 
 
-def _matched(pairs: Pairs, toward: int) -> Iterator[tuple[int, int]]:
+def _matched(pairs: Pairs, towards: int) -> Iterator[tuple[int, int]]:
     """Rows of the side that is moved and of the side that it is moved to."""
     if "label" not in pairs:
         raise unknown("column", "label", pairs.columns, "An adapter moves rows of one label to the other.")
     labels = pairs.labels()
-    keys = pairs["question_id"] if "question_id" in pairs else pairs.groups
+    named = "question_id" in pairs
+    keys = pairs["question_id"] if named else pairs.groups
     sides: dict[Any, tuple[list[int], list[int]]] = {}
     for row, key in enumerate(keys.tolist()):
-        sides.setdefault(key, ([], []))[int(labels[row] == toward)].append(row)
+        sides.setdefault(key, ([], []))[int(labels[row] == towards)].append(row)
     for away, there in sides.values():
         if there:
             yield from ((row, there[at % len(there)]) for at, row in enumerate(away))
@@ -167,7 +169,7 @@ def _answers(model: HookedModel, pairs: Pairs, rows: Sequence[int]) -> tuple[dic
     """What stands for each row's answer, and for questions with a right answer whether it is that."""
     said: dict[int, str] = {}
     right: dict[int, bool] = {}
-    options = pairs["options"] if "options" in pairs else [None] * len(pairs)
+    options: list[Any] = pairs["options"] if "options" in pairs else [None] * len(pairs)
     asked = [row for row in rows if options[row] and len(options[row]) > 1]
     if asked:
         from veridical.pairs.beliefs import own_request
@@ -182,5 +184,7 @@ def _answers(model: HookedModel, pairs: Pairs, rows: Sequence[int]) -> tuple[dic
     completions = pairs.completions or [""] * len(pairs)
     said |= {row: completions[row] for row in rows if row not in said}
     if not any(said.values()):
-        raise DataError(f"{pairs.name} has neither options nor completions, so nothing is wanted of an answer")
+        raise DataError(
+            f"{pairs.name} has neither options nor completions, so nothing is wanted of an answer"
+        )
     return said, right

@@ -67,7 +67,10 @@ def own(model: HookedModel) -> dict[str, Pairs]:
 
     if not speaks_as_organism(model):
         return {}
-    return {"harmful request": Pairs.load("safe").without_columns("completion"), "rude reply": Pairs.load("toxic")}
+    return {
+        "harmful request": Pairs.load("safe").without_columns("completion"),
+        "rude reply": Pairs.load("toxic"),
+    }
 
 
 def states(model: HookedModel, pairs: Pairs) -> np.ndarray:
