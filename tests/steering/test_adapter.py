@@ -25,7 +25,7 @@ from veridical.steering.dial import monotone_range
 from veridical.steering.export import PROOF, prove, stored
 from veridical.steering.lora import lora_of, peft_config, put_on
 from veridical.steering.material import material
-from veridical.steering.merge import merge
+from veridical.steering.combine import merge
 from veridical.steering.objectives import loss_of, sites_of
 from veridical.steering.train import Look, choose, fit, train_adapter
 from veridical.steering.twins import twins
