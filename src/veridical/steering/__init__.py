@@ -9,9 +9,9 @@ with, in one table that `evaluate` (in `evaluating`) makes and `evaluation` hold
 
 `train_adapter` in `train` makes a LoRA from `material`: pairs as `twins`, and neutral text. What it is
 trained for is one of `objectives`, each a file of its own, over the passes of a `runner` and under the
-`constraint` of a KL budget; `results` judges it (`dial`, `untouched`), `adapter` is the result. `lora` puts
-a LoRA on a model that stays as it was, `export` saves one with its `proof` from a fresh process, and `combine`
-adds several.
+`constraint` of a KL budget; `results` judges it (with the `dial`), `adapter` is the result. `lora` puts a
+LoRA on a model that stays as it was, `export` saves one with its `proof` from a fresh process, and
+`combine` adds several.
 """
 
 from __future__ import annotations
