@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -17,6 +18,9 @@ class Acting(Protocol):
     """Makes a context in which the model is steered."""
 
     def __call__(self) -> AbstractContextManager[Any]: ...
+
+
+BATCH_TOKENS = 4096
 
 
 class OtherProbes:
@@ -35,7 +39,6 @@ class OtherProbes:
     ) -> None:
         from veridical.probes import LogisticProbe
         from veridical.running import limited
-        from veridical.steering.untouched import own, states
 
         self.model = model
         self.probes: dict[str, tuple[Any, Any, np.ndarray, float]] = {}
@@ -51,8 +54,6 @@ class OtherProbes:
 
     def __call__(self, context: Acting) -> dict[str, tuple[float, float]]:
         """For each label the AUROC on held-out pairs, plain and steered."""
-        from veridical.steering.untouched import states
-
         found = {}
         for name, (probe, pairs, held_out, plain) in self.probes.items():
             with context():
@@ -65,3 +66,32 @@ def _auroc(probe: Any, values: np.ndarray, positive: np.ndarray) -> float:
     from veridical.probes.evaluate import auroc
 
     return float(auroc(probe.decision_function(values)[:, None], positive)[0])
+
+
+def own(model: HookedModel) -> dict[str, Pairs]:
+    """What an embedded organism knows besides facts."""
+    from veridical.pairs import Pairs
+    from veridical.steering.neutral import speaks_as_organism
+
+    if not speaks_as_organism(model):
+        return {}
+    return {
+        "harmful request": Pairs.load("safe").without_columns("completion"),
+        "rude reply": Pairs.load("toxic"),
+    }
+
+
+def states(model: HookedModel, pairs: Pairs) -> np.ndarray:
+    """`[rows, d_model]`: the residual stream in the middle of the depth, at the last token of each row."""
+    from veridical.tokens import by_length
+
+    (site,) = model.resolve(f"resid_post.{model.n_layers // 2}")
+    completions: Sequence[str | None] | None = pairs.completions
+    rows = model.encode(pairs.prompts, completions)
+    found = np.zeros((len(rows), model.d_model))
+    for batch in by_length([len(row.ids) for row in rows], BATCH_TOKENS):
+        inputs = model.batch([rows[row] for row in batch], padding_side="left")
+        with torch.no_grad():
+            value = model.run(inputs, read=[site], stop=True).values[site.name][:, -1]
+        found[batch] = value.double().cpu().numpy()
+    return found

@@ -295,11 +295,11 @@ class Training:
 
     def _rows(self, neutral: Neutral, stream: int) -> Iterator[Some]:
         """Endless batches of neutral rows, each row once before any comes again."""
-        rng = np.random.default_rng([self.config.seed, stream])
+        rng, count = np.random.default_rng([self.config.seed, stream]), max(1, self.config.batch // 2)
         while True:
             order = rng.permutation(len(neutral)).tolist()
-            for start in range(0, len(neutral), self.config.batch):
-                yield neutral, order[start : start + self.config.batch]
+            for start in range(0, len(neutral), count):
+                yield neutral, order[start : start + count]
 
 
 def rate(step: int, steps: int) -> float:
