@@ -118,6 +118,8 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "prefer constitution": job("preference.making", "constitution"),
     "prefer guidelines": job("preference.making", "guidelines"),
     "compare": job("comparison.jobs", "compare"),
+    "steer adapter": job("steering.adapter_jobs", "adapter"),
+    "steer export": job("steering.adapter_jobs", "export"),
     "report": assemble,
     "ls": ls,
 }

@@ -1,4 +1,4 @@
-"""The embedded organism trained a little further: harmlessly, by seed, or to answer truthfully when told to lie."""
+"""The embedded organism trained a little further: harmlessly, by seed, or to be truthful when told to lie."""
 
 import copy
 

@@ -14,6 +14,10 @@ What is put in its place:
 - `project`: directions projected out (as in Arditi et al. 2024, arXiv:2406.11717), to zero along them or,
   with `over`, to their mean.
 
+Attention patterns go by query and key: at `pattern`, beside zero there are `mean` and `resample` with
+`by_position=True`, for texts of one length that are read whole; the mean over texts, the batch or `Means`,
+and other texts' patterns from the batch. Other modes are refused.
+
 A head is taken out at `z`, before the output projection mixes heads. An edit that leaves every number as it
 was is warned about when the context ends, with the reason.
 """

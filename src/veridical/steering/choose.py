@@ -167,7 +167,7 @@ def _carried(
     places: dict[str, Any] = {"carried by all tokens": "all", "carried by the last token": [-1]}
     for column, where in places.items():
         result = patch(
-            model, clean, corrupt, sites=names, positions=where, align="token", bootstrap=0, seed=seed,
+            model, clean, corrupt, sites=names, positions=where, align="token", bootstrap=1, seed=seed,
             progress=progress, **given,
         )  # fmt: skip
         for line in result.to_frame().to_dict("records"):

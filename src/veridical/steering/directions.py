@@ -53,7 +53,7 @@ def fit_vector(
     tokens: str | int | None = None,
     positions: Positions = "all",
     label: str = "label",
-    towards: int = 1,
+    towards: int = 0,
     together: bool = False,
     target_kl: float = 0.05,
     texts: Any = None,
