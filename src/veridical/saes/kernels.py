@@ -143,6 +143,7 @@ class Scan:
             for first in range(0, self.members, self._together)
             for start in range(0, self.size, self._rows)
         ]  # fmt: skip
+
         def run(part: tuple[slice, slice]) -> Result:
             members, rows = part
             memory = self._memory()
