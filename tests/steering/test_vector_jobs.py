@@ -64,8 +64,8 @@ def test_vectors_and_baselines_are_measured_in_one_table(fitted, data, neutral, 
     monkeypatch.setattr(conduct, "HELD_OUT_REQUESTS", conduct.HELD_OUT_REQUESTS[:2])
     options = SteerEvalVerb(
         folders=(fitted / "vector",), model="tiny-liar", data=data, neutral=neutral, seeds=(0,),
-        prompts=("Always tell the truth.",), engineered=False, few_shot=2, strengths=(1.0,), rows=8, answers=2,
-        out=tmp_path, progress=False,
+        prompts=("Always tell the truth.",), engineered=False, few_shot=2, strengths=(1.0,), rows=8,
+        answers=2, out=tmp_path, progress=False,
     )  # fmt: skip
     vector_jobs.evaluate(options)
     found = load_result(tmp_path)
