@@ -83,10 +83,9 @@ def export(options: SteerExportVerb) -> Path:
     found.check_base(model)
     with step("proof in a fresh process"):
         proof = prove(found, options.folder, model)
-    right = proof["right"]
     log.info(
-        "  first answer the likeliest: %.3f without, %.3f with the adapter, %.3f merged",
-        right["base"], right["unmerged"], right["merged"],
+        "  answers move by %.3f nats; KL on neutral text %.4f unmerged, %.4f merged",
+        proof["moved"], proof["kl"]["unmerged"], proof["kl"]["merged"],
     )  # fmt: skip
     if options.merged is not None:
         with step("merging"):
