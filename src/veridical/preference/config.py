@@ -133,7 +133,7 @@ def first_loss(method: Method, beta: float) -> float | None:
 
 UNREAD: dict[Method, tuple[str, ...]] = {
     "sft": ("beta", "generations"),
-    "reward": ("beta", "generations", "samples", "max_new_tokens"),
+    "reward": ("beta", "generations"),
     "dpo": ("generations",),
     "ipo": ("generations",),
     "distil": ("beta", "generations"),
