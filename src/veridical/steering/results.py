@@ -135,8 +135,8 @@ def measured(
 def _other_way(
     model: HookedModel, lora: LoRA | ReFT, target: Target, before: Behaviour, seed: int
 ) -> list[dict[str, Any]]:
-    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for; of the
-    organism about what it would lie about."""
+    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for; of
+    the organism about what it would lie about."""
     from veridical.pairs.prompts import NEUTRAL
 
     with lora.on(model, -1.0):
