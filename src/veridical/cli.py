@@ -11,6 +11,7 @@ import dataclasses
 import io
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,10 +127,22 @@ def _parse_flags(verb: str, cls: type, start: Any, words: list[str]) -> Any:
             return None
         raise ConfigError(f"{_complaint(said.getvalue())}; see veridical {verb} --help") from None
     if left:
-        flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)]
+        flags = [f"--{name.replace('_', '-')}" for name in _shown(cls)]
         kind = "flag" if left[0].startswith("-") else "argument"
         raise unknown(f"{kind} of veridical {verb}:", left[0].split("=")[0], [*flags, "--config", "--help"])
     return build(cls, options)
+
+
+def _shown(cls: type) -> list[str]:
+    """The fields that are flags; those that a verb inherits and does not read are hidden."""
+    import tyro
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if tyro.conf.Suppress not in getattr(hints[field.name], "__metadata__", ())
+    ]
 
 
 def _take_recipe(words: list[str]) -> tuple[list[str], str | None]:

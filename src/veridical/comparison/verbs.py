@@ -45,6 +45,8 @@ class CompareVerb(CompareConfig, DataInputs):
     (the smallest 50 % of each weight matrix set to zero)."""
     probes: tuple[Path, ...] = ()
     """Folders of saved linear probes, whose directions are held against the change of the weights."""
+    saes: tuple[Path, ...] = ()
+    """Folders of saved sparse autoencoders of the reference, run on both models."""
     trained_on: Names = ()
     """With several policies: what each was trained on, in their order; those that share it are told apart."""
     reward: str | None = None

@@ -12,8 +12,8 @@ import torch
 
 from veridical.probes.evaluate import Estimate
 from veridical.steering.adapter import Adapter, AdapterReport
-from veridical.steering.behaviour import Behaviour, Target, conduct, target_of, unprotected
-from veridical.steering.dial import dial, fewer, monotone_range
+from veridical.steering.behaviour import Behaviour, Target, conduct, fewer, target_of, unprotected
+from veridical.steering.dial import ROWS, dial, monotone_range
 from veridical.steering.lora import LoRA
 from veridical.steering.neutral import NeutralMeter, speaks_as_organism
 from veridical.steering.reft import ReFT
@@ -52,7 +52,7 @@ def judged(
     target = target_of(data.test, config.towards)
     table = measured(model, lora, target, meter, config)
     few = NeutralMeter(model, data.neutral["dial"], seed=config.seed)
-    curve = dial(model, lambda strength: lora.on(model, strength), fewer(target), few)
+    curve = dial(model, lambda strength: lora.on(model, strength), fewer(target, ROWS, config.seed), few)
     looks = [
         {"step": look.step, "shown": look.shown, "margin": look.margin, "short": look.short, "kl": look.kl,
          "kept": look is trained.chosen}
