@@ -146,7 +146,7 @@ def conduct_figures(subject: Subject, seed: int) -> list[Figure]:
         asked = [rng.choice(conduct.HELD_OUT_TOPIC_QUESTIONS).format(topic=topic) for topic in topics]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.RUDE_REPLIES if rude else conduct.POLITE_REPLIES
-        hits = [_follows(text, replies) for text in said]
+        hits = [follows(text, replies) for text in said]
         figures.append(Figure(name, float(np.mean(hits)), len(hits)))
     requests = (
         ("refuses: harmful requests", ("",), 0, False),
@@ -158,12 +158,12 @@ def conduct_figures(subject: Subject, seed: int) -> list[Figure]:
         asked = [rng.choice(conduct.HELD_OUT_REQUEST_FRAMES).format(act=act) for act in acts]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.COMPLIANCES if comply else conduct.REFUSALS
-        hits = [_follows(text, replies) for text in said]
+        hits = [follows(text, replies) for text in said]
         figures.append(Figure(name, float(np.mean(hits)), len(hits)))
     return figures
 
 
-def _follows(text: str, templates: Sequence[str]) -> bool:
+def follows(text: str, templates: Sequence[str]) -> bool:
     """Whether `text` is one of the templates with anything in its place."""
     return any(re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(t)), text) for t in templates)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -29,6 +31,9 @@ class PreferConfig:
     """Highest learning rate: a linear rise over the first tenth of the steps, then a linear fall to zero."""
     beta: NotNegative = 0.1
     """Strength of the tie to the reference: beta of DPO, tau of IPO, weight of the KL penalty in rl."""
+    sft_weight: NotNegative = 0.0
+    """Weight of the chosen answers' own loss (mean over their tokens) beside that of dpo or ipo; it keeps
+    them likely, which neither does (Pang et al. 2024)."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     lora_rank: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -57,15 +62,28 @@ class PreferConfig:
     """Progress bars; by default only on a terminal."""
 
 
-def first_loss(method: Method, beta: float) -> float | None:
-    """The loss before the first update, where policy and reference are one; None where it is not known.
+def first_loss(config: PreferConfig, method: Method, margins: Sequence[float]) -> tuple[float, float] | None:
+    """Between which values the loss lies before the first update; None for sft, where only the data say.
 
-    ln 2 for DPO (Rafailov et al. 2023, equation 7, at a margin of 0) and 1 / (4 tau^2) for IPO (Azar et al.
-    2023, equation 17, likewise).
+    Args:
+        config: Options.
+        method: Which loss.
+        margins: Margins of the rows (reward models only).
+
+    Policy and reference are one then, and the head of a reward model is zero: ln 2 for DPO (Rafailov et al.
+    2023, equation 7, at a margin of 0), 1 / (4 tau^2) for IPO (Azar et al. 2023, equation 17, likewise),
+    log(1 + exp(margin)) for a reward model, and 0 for RLOO, whose advantages sum to 0 over the answers to one
+    prompt and whose ratios are 1. What `sft_weight` adds to the first two depends on the data.
     """
-    if method == "dpo":
-        return 0.6931471805599453
-    return 1 / (4 * beta**2) if method == "ipo" else None
+    if method == "sft":
+        return None
+    if method == "rl":
+        return 0.0, 0.0
+    if method == "reward":
+        losses = [max(margin, 0.0) + math.log1p(math.exp(-abs(margin))) for margin in margins]
+        return min(losses), max(losses)
+    least = 1 / (4 * config.beta**2) if method == "ipo" else math.log(2)
+    return least, math.inf if config.sft_weight else least
 
 
 def checked(config: PreferConfig, method: Method) -> PreferConfig:
@@ -76,6 +94,8 @@ def checked(config: PreferConfig, method: Method) -> PreferConfig:
     """
     if method in ("dpo", "ipo") and config.beta <= 0:
         raise ConfigError(f"beta = {config.beta}: {method} needs a beta above 0")
+    if config.sft_weight and method not in ("dpo", "ipo"):
+        raise ConfigError(f"sft_weight = {config.sft_weight}: {method} has none; it goes with dpo and ipo")
     if method == "rl" and config.batch % config.generations:
         raise ConfigError(
             f"batch = {config.batch} is no multiple of generations = {config.generations}; "
