@@ -20,7 +20,7 @@ from veridical.preference import (
     prefer,
     trainers,
 )
-from veridical.preference.config import first_loss
+from veridical.preference.config import first_losses
 from veridical.preference.data import Preference, Preferences, ended
 from veridical.preference.reward import RewardModel, fresh
 from veridical.preference.rl import rewarding
@@ -193,7 +193,7 @@ def test_margins_raise_the_first_loss_of_a_reward_model(tmp_path):
     rows = [{**row, "margin": 1.5} for row in ROWS]
     run = prefer("reward", "tiny-liar", rows, tmp_path, **SMALL)
     assert run.log["loss"][0] == pytest.approx(math.log(1 + math.exp(1.5)), abs=1e-3)
-    low, high = first_loss(PreferConfig(), "reward", [1.5, 0.0, 800.0])
+    low, high = first_losses(PreferConfig(), "reward", [1.5, 0.0, 800.0])
     assert (low, high) == (pytest.approx(math.log(2)), pytest.approx(800))
 
 

@@ -45,10 +45,11 @@ def test_few_candidates_are_sorted_in_place_of_whole_rows(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "topk", topk)
     largest(rows_of("normal"), 32)
-    assert not sorted_widths
+    assert len(sorted_widths) == 1
+    assert sorted_widths[0] < 100
     largest(rows_of("equal"), 32)
     largest(rows_of("normal")[:, :1000], 32)
-    assert sorted_widths == [2048, 1000]
+    assert sorted_widths[1:] == [2048, 1000]
 
 
 def test_leading_axes_stay():

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veridical import adapters
-from veridical.errors import InputError, ModelError, unknown
-from veridical.preference.config import Method, PreferConfig, first_loss
+from veridical.errors import InputError, ModelError
+from veridical.preference.config import Method, PreferConfig, first_losses
 from veridical.progress import quiet_datasets, watched
 
 if TYPE_CHECKING:
@@ -125,29 +125,8 @@ def lora(config: PreferConfig, model: nn.Module, base: str, task: str = "CAUSAL_
     """
     if not config.lora_rank:
         return None
-    import torch
-    from peft import LoraConfig
-
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "." in name
-    }
-    for name in config.lora_modules:
-        if name not in linear:
-            raise unknown("module for LoRA", name, sorted(linear))
-    depth = int(getattr(model.config, "num_hidden_layers", 0))  # type: ignore[arg-type]
-    for layer in config.lora_layers:
-        if not 0 <= layer < depth:
-            raise InputError(f"lora_layers has {layer}; the model's blocks are 0 to {depth - 1}")
-    return LoraConfig(
-        base_model_name_or_path=base,
-        task_type=task,
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules=list(config.lora_modules or sorted(linear)),
-        layers_to_transform=list(config.lora_layers) or None,
-        **own,
+    return adapters.lora_config(
+        model, config.lora_rank, config.lora_modules, config.lora_layers, base=base, task_type=task, **own
     )
 
 
@@ -170,7 +149,7 @@ def run(
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_guard(first_loss(config, method, margins)))
+    trainer.add_callback(_guard(first_losses(config, method, margins)))
     done = checkpoints(folder)
     last = done[max(done)] if done else None
     if last is not None and max(done) >= config.steps:

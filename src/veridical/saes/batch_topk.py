@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from veridical.saes.config import SAEConfig
-from veridical.saes.kernels import Chosen, Scan
+from veridical.saes.kernels import Chosen
+from veridical.saes.scan import Scan
 from veridical.saes.sparse import SparseSAE
 
 RATE = 0.01
@@ -84,13 +85,19 @@ class BatchTopK(SparseSAE):
         self, scan: Scan, weights: Tensor | None, cuts: Tensor
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Row, latent, value and rank value of all that exceed `cuts [N]`, member by member, in row order."""
-        found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(scan.members)]
-        for members, rows, pre in scan:
-            for member in range(members.start, members.stop):
-                own = pre[member - members.start]
+
+        def use(members: slice, rows: slice, pre: Tensor) -> list[tuple[int, tuple[Tensor, ...]]]:
+            made = []
+            for member, own in zip(range(members.start, members.stop), pre):
                 ranked = own if weights is None else own * weights[member]
                 row, column = (ranked > cuts[member]).nonzero(as_tuple=True)
-                found[member].append((row + rows.start, column, own[row, column], ranked[row, column]))
+                made.append((member, (row + rows.start, column, own[row, column], ranked[row, column])))
+            return made
+
+        found: list[list[tuple[Tensor, ...]]] = [[] for _ in range(scan.members)]
+        for part in scan.each(use):
+            for member, own in part:
+                found[member].append(own)
         return [tuple(map(torch.cat, zip(*parts))) for parts in found]  # type: ignore[misc]
 
     def _largest(

@@ -2,7 +2,7 @@
 
 `torch.topk` on a CPU is as dear as the encoder's product. The k-th largest of the maxima of disjoint blocks
 is a lower bound of the k-th largest of all: k blocks hold a value that large. Few values reach it, so the row
-is searched once for those and only they are sorted. numpy's `partition` is vectorised for such short rows.
+is searched once for those and only they are compared. numpy's `partition` is vectorised for such short rows.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ def largest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = np.zeros(few.shape, dtype=np.int64)
     few.reshape(-1)[place] = flat.numpy().reshape(-1)[found]
     columns.reshape(-1)[place] = column
-    picks = np.argpartition(few, width - k, axis=-1)[:, width - k :]
+    values, picks = torch.from_numpy(few).topk(k, dim=-1, sorted=False)
     shape = (*rows.shape[:-1], k)
-    values, indices = (np.take_along_axis(each, picks, -1).reshape(shape) for each in (few, columns))
-    return torch.from_numpy(values), torch.from_numpy(indices)
+    return values.view(shape), torch.from_numpy(columns).gather(-1, picks).view(shape)
 
 
 def kth_largest(rows: Tensor, k: int) -> Tensor:

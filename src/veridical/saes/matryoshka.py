@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from veridical.saes.batch_topk import BatchTopK
-from veridical.saes.kernels import Block, Chosen, decode_at
+from veridical.saes.kernels import Block, Chosen, decode_at, squared_error
 
 
 class Matryoshka(BatchTopK):
@@ -38,10 +38,16 @@ class Matryoshka(BatchTopK):
             for width in self.prefixes
         ]
 
-    def reconstruct(
-        self, x: Tensor, values: Tensor, chosen: Chosen, blocks: Sequence[Block], acts: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Reconstructions `[N, nested, B, d_out]` by each prefix: running sums of what each ring adds."""
+    def errors(
+        self,
+        x: Tensor,
+        target: Tensor,
+        values: Tensor,
+        chosen: Chosen,
+        blocks: Sequence[Block],
+        acts: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Errors of each prefix, whose reconstructions are running sums of what each ring adds."""
         (members, size), rings = x.shape[:2], len(self.prefixes)
         ends = torch.tensor(self.prefixes, device=values.device)
         ring = torch.searchsorted(ends, chosen.columns % self.width, right=True)
@@ -51,4 +57,6 @@ class Matryoshka(BatchTopK):
         by_ring = Chosen(chosen.columns[order], starts, chosen.values[order], chosen.width)
         shape = (members, rings, size)
         out, revived = decode_at(values[order], self.led(self.W_dec, 3), by_ring, shape, blocks, acts)
-        return out.cumsum(1) + self.led(self.b_dec, 2)[:, None, None], revived
+        made = out.cumsum(1) + self.led(self.b_dec, 2)[:, None, None]
+        errors, residuals = squared_error(made, target)
+        return errors, residuals[:, -1], revived

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from veridical.saes.auxk import Plan, auxiliary_loss, plans
 from veridical.saes.base import FIRED, SAE, Loss, figures
-from veridical.saes.kernels import Block, Chosen, Scan, decode_at, encode_at, squared_error
+from veridical.saes.config import SAEConfig
+from veridical.saes.kernels import Block, Chosen, encode_at, error_at
+from veridical.saes.scan import Scan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -20,6 +22,10 @@ class SparseSAE(SAE):
 
     The training step has a leading member axis throughout, of length 1 for a single SAE.
     """
+
+    def __init__(self, configs: SAEConfig | Sequence[SAEConfig], d_in: int, d_out: int | None = None) -> None:
+        super().__init__(configs, d_in, d_out)
+        self._scratch: list[Tensor] = []
 
     @abstractmethod
     def pick(self, scan: Scan) -> Chosen:
@@ -39,27 +45,33 @@ class SparseSAE(SAE):
             blocks = [
                 Block(plan.member, plan.ids, encoded.new_empty(len(x), len(plan.ids))) for plan in planned
             ]
-            scan = Scan(encoded, self.led(self.W_enc, 3), self.led(self.b_enc, 2), blocks, self.product_dtype)
+            W, b = self.led(self.W_enc, 3), self.led(self.b_enc, 2)
+            scan = Scan(encoded, W, b, blocks, self.product_dtype, self._scratch)
             chosen = self.pick(scan)
-            scan.complete()
         centre = self.led(self.b_dec, 2) if self.centred else None
         values, known = encode_at(
             encoded, self.led(self.W_enc, 3), self.led(self.b_enc, 2), centre, chosen, blocks
         )
         values = values.relu()
         acts = [plan.values(pre) for plan, pre in zip(planned, known)]
-        outputs, revived = self.reconstruct(encoded, values, chosen, blocks, acts)
-        errors, residual = squared_error(outputs, target)  # [N, nested]
-        aux = self._auxiliary(planned, revived, residual[:, -1])
+        errors, residual, revived = self.errors(encoded, target, values, chosen, blocks, acts)
+        aux = self._auxiliary(planned, revived, residual)
         return self._finished(errors / self.variance, aux, values.detach(), chosen, len(x))
 
-    def reconstruct(
-        self, x: Tensor, values: Tensor, chosen: Chosen, blocks: Sequence[Block], acts: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Reconstructions `[N, nested, B, d_out]`, the last by all latents; `[B, d_out]` of each block."""
-        shape = x.shape[:2]
-        out, revived = decode_at(values, self.led(self.W_dec, 3), chosen, shape, blocks, acts)
-        return (out + self.led(self.b_dec, 2).unsqueeze(1)).unsqueeze(1), revived
+    def errors(
+        self,
+        x: Tensor,
+        target: Tensor,
+        values: Tensor,
+        chosen: Chosen,
+        blocks: Sequence[Block],
+        acts: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Squared errors `[N, nested]`, the last of all latents; the residuals `[N, B, d_out]` that these
+        leave, without gradient; and what each block reconstructs, `[B, d_out]`."""
+        W, b = self.led(self.W_dec, 3), self.led(self.b_dec, 2)
+        error, residual, revived = error_at(values, W, b, target, chosen, blocks, acts)
+        return error.unsqueeze(1), residual, revived
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -80,8 +92,8 @@ class SparseSAE(SAE):
 
     def _finished(self, fvu: Tensor, aux: Tensor, values: Tensor, chosen: Chosen, size: int) -> Loss:
         count = len(self.configs)
-        fired = torch.zeros(chosen.width, dtype=torch.bool, device=values.device)
-        fired[chosen.columns[values > FIRED]] = True
+        fired = torch.zeros(chosen.width, device=values.device)
+        fired = fired.scatter_add_(0, chosen.columns, (values > FIRED).float()) > 0
         active = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
         torch.cumsum(values > 0, 0, out=active[1:])
         l0 = active[chosen.starts[::size]].diff() / size

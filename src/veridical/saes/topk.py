@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veridical.saes.kernels import Chosen, Scan
+from veridical.saes.kernels import Chosen
 from veridical.saes.largest import largest
+from veridical.saes.scan import Scan
 from veridical.saes.sparse import SparseSAE
 
 
@@ -39,18 +40,24 @@ class TopK(SparseSAE):
     def pick(self, scan: Scan) -> Chosen:
         """The k largest pre-activations of each row and member."""
         counts = [config.k for config in self.configs]
-        values = [scan.x.new_empty(scan.size, k) for k in counts]
-        columns = [torch.empty(own.shape, dtype=torch.int64, device=own.device) for own in values]
-        for members, rows, pre in scan:
-            for member, own in zip(range(members.start, members.stop), pre):
-                values[member][rows], columns[member][rows] = largest(own, counts[member])
-        for member, own in enumerate(columns):
-            own += member * scan.width
         each = torch.tensor(counts, device=scan.x.device).repeat_interleave(scan.size)
         starts = torch.zeros(len(each) + 1, dtype=torch.int64, device=scan.x.device)
         torch.cumsum(each, 0, out=starts[1:])
-        found, where = (torch.cat([own.flatten() for own in each]) for each in (values, columns))
-        return Chosen(where, starts, found.to(self.W_enc.dtype), scan.members * scan.width)
+        values = scan.x.new_empty(scan.size * sum(counts))
+        columns = torch.empty_like(values, dtype=torch.int64)
+        own = [scan.size * count for count in counts]
+        by_member = list(zip(values.split(own), columns.split(own), counts))
+
+        def use(members: slice, rows: slice, pre: Tensor) -> None:
+            for member, one in zip(range(members.start, members.stop), pre):
+                to_values, to_columns, k = by_member[member]
+                found, where = largest(one, k)
+                to_values.view(-1, k)[rows] = found
+                torch.add(where, member * scan.width, out=to_columns.view(-1, k)[rows])
+
+        scan.each(use)
+        values = values.to(self.W_enc.dtype)
+        return Chosen(columns, starts, values, scan.members * scan.width)
 
     def _largest(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         most = max(config.k for config in self.configs)

@@ -26,11 +26,16 @@ class Transcoder(Skip, TopK):
     architecture = "transcoder"
     centred = False
 
-    def reconstruct(
-        self, x: Tensor, values: Tensor, chosen: Chosen, blocks: Sequence[Block], acts: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Predictions `[N, 1, B, d_out]`."""
-        out, revived = super().reconstruct(x, values, chosen, blocks, acts)
+    def errors(
+        self,
+        x: Tensor,
+        target: Tensor,
+        values: Tensor,
+        chosen: Chosen,
+        blocks: Sequence[Block],
+        acts: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As without the path, of what the path leaves over of the target."""
         if self.config.skip:
-            out = out + (x @ self.led(self.W_skip, 3).mT).unsqueeze(1)
-        return out, revived
+            target = target - x @ self.led(self.W_skip, 3).mT
+        return super().errors(x, target, values, chosen, blocks, acts)
