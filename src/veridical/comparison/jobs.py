@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 
 from veridical.comparison.verbs import CompareVerb
-from veridical.config import to_dict
+from veridical.config import BeliefConfig, to_dict
 from veridical.console import said_where, step
 from veridical.files import write_json
+from veridical.probes.origin import Origin
 from veridical.provenance import provenance
 from veridical.reporting import report
-from veridical.running import limited, part, records, short
+from veridical.running import BELIEF_LABELS, check_beliefs_into, limited, part, records, short
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,11 @@ def compare(options: CompareVerb) -> Path:
     from veridical.comparison.duo import load_pair
     from veridical.pairs import Pairs
     from veridical.probes import load_probe
+    from veridical.saes import load_sae
 
     options.require("compare", "policy", "data")
     probes = [load_probe(folder) for folder in options.probes]
+    saes = [load_sae(folder) for folder in options.saes]
     name = f"compare-{short(str(options.policy))}-{short(str(options.data))}"
     out = options.out or Path("runs") / name
     with step("models"):
@@ -45,8 +48,13 @@ def compare(options: CompareVerb) -> Path:
         pairs = Pairs.load(str(options.data), adapter=options.adapter)
         pairs = pairs if options.limit is None else limited(pairs, options.limit, options.seed)
     log.info("  %s", pairs)
+    wanted = {str(getattr(probe, "origin_", Origin()).target) for probe in probes}
+    if (wanted & BELIEF_LABELS) - set(pairs.columns) and {"question", "options"} <= set(pairs.columns):
+        with step("beliefs"):
+            beliefs = BeliefConfig(progress=options.progress)
+            pairs = check_beliefs_into(out / "beliefs", duo.reference, pairs, beliefs)
     with step("comparing"):
-        found = measure(duo, pairs, probes, config=part(CompareConfig, options))
+        found = measure(duo, pairs, probes, saes, config=part(CompareConfig, options))
     for line in found.findings():
         log.info("  %s", line)
     found.save(out)

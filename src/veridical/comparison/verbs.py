@@ -20,8 +20,8 @@ class CompareVerb(CompareConfig, DataInputs):
 
     Writes OUT/report.html, which begins with what changed in plain sentences: outputs (KL by token and
     position, on the given text and on the policy's own samples, behaviour), representations (drift, CKA,
-    Procrustes, lenses, the label's direction) and weights. --config recipe.yaml gives options by name; flags
-    win.
+    Procrustes, lenses, the label's direction), probes and SAEs on both, where the change sits, and weights.
+    --config recipe.yaml gives options by name; flags win.
     """
 
     policy: tyro.conf.Positional[str | None] = None
@@ -29,6 +29,10 @@ class CompareVerb(CompareConfig, DataInputs):
     reference: str | None = None
     """The model that it started from. Required, except for a LoRA, whose base is taken."""
     probes: tuple[Path, ...] = ()
-    """Folders of saved linear probes, whose directions are held against the change of the weights."""
+    """Folders of saved linear probes of the reference: read on the policy and back, trained anew, and their
+    directions held against the change of the weights. Where one reads a label of belief (lied, ...) that the
+    data lack, the reference is asked first, as `veridical probe` does it."""
+    saes: tuple[Path, ...] = ()
+    """Folders of saved sparse autoencoders, run on both models."""
     out: OutFolder = None
     """Folder for everything the run writes; runs/compare-POLICY-DATA when not given."""
