@@ -75,10 +75,18 @@ def _adapters(model: nn.Module) -> list[str]:
     return sorted(active)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """A weight as numbers: of a quantised one (torchao's tensors) those that it stands for."""
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter and hasattr(kind, "__tensor_flatten__"):
+        return tensor.dequantize()
+    return tensor
+
+
 def _content(tensor: Tensor) -> bytes:
     if tensor.device.type == "meta":
         return b"meta"
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    raw = plain(tensor).contiguous().reshape(-1).view(torch.uint8)
     size = raw.numel()
     if size <= WHOLE_BYTES:
         return xxhash.xxh3_128_digest(raw.cpu().numpy().data)

@@ -163,7 +163,8 @@ def test_it_says_where_and_draws_it(liar, asked):
     """A change that reads one direction at one token: the place is named, and chosen on other pairs."""
     duo = duo_with(liar, 3, scale=16.0)
     tables = where(duo, asked, progress=False, bootstrap=40)
-    tables[CHANGE][["low", "high"]] = [[0.1, 0.2]]
+    assert where_findings(tables)[0].found is False, "not beyond chance, so nothing is located"
+    tables[CHANGE][["change", "low", "high", "scale"]] = [[0.2, 0.1, 0.3, 1.0]]
     part, place, *_ = where_findings(tables)
     assert "100% in layer 3 and 0% in the final norm and unembedding" in part.text
     found = tables[FOUND].iloc[0]

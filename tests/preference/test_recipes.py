@@ -1,4 +1,4 @@
-"""Every recipe of `veridical prefer`: those of the organism run with few steps, those of the hub are checked."""
+"""Recipes of `veridical prefer`: those of the organism run with few steps, those of the hub are checked."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import pytest
 
 from veridical import cli, organisms
 from veridical.config import load_recipe
+from veridical.preference.config import UNREAD
 from veridical.preference.verbs import VERBS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,7 +43,8 @@ def test_a_recipe_for_the_hub_is_valid_and_explains_every_key(job):
     assert options.model.startswith("Qwen/")
     assert str(options.out) == f"runs/{path.stem}"
     recipe = load_recipe(path)
-    assert set(recipe) == {field.name for field in dataclasses.fields(VERBS[f"prefer {job}"])}
+    unread = {*UNREAD.get(job, ()), *(["reward"] if job == "reward" else [])}
+    assert set(recipe) == {field.name for field in dataclasses.fields(VERBS[f"prefer {job}"])} - unread
     text = path.read_text()
     for key in recipe:
         assert re.search(rf"^# {key}: \S.*(?:\n#.*)*\n{key}:", text, re.MULTILINE), key

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from veridical.comparison.policies import Policies
     from veridical.comparison.several import compare_many
     from veridical.comparison.weights import weight_change
-    from veridical.comparison.where import where
 
 __all__ = [
     "CompareConfig",
@@ -25,7 +24,6 @@ __all__ = [
     "compare_many",
     "load_pair",
     "weight_change",
-    "where",
 ]
 
 _HOME = {
@@ -37,7 +35,6 @@ _HOME = {
     "compare_many": "several",
     "load_pair": "duo",
     "weight_change": "weights",
-    "where": "where",
 }
 
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -42,6 +42,8 @@ HALF = 0.5
 """Share of the change that one vector has to carry to be named as the place, at the earliest layer."""
 BETWEEN = "between"
 """All tokens between those that the prompts begin and end with alike, taken over together."""
+LEAST, LEAST_KL = 0.05, 1e-3
+"""Share of the metric's size in the reference, and nats, below which nothing is located."""
 RANDOM = 16
 """Other places whose mean share is the control."""
 
@@ -71,7 +73,8 @@ def where(
 
     Returns:
         "where change": `metric`, `rows` (what they are), its mean in `policy` and `reference`, `change`,
-        `low`, `high` and `pairs`; where it is not beyond chance, no share means anything.
+        `low`, `high`, `scale` (root mean square in the reference; 1 nat for divergences) and `pairs`; where
+        it is not beyond chance, no share means anything.
         "where by part": `direction`, `part`, `layer`, `effect` (on the metric), `share`, `low`, `high`.
         "where by position": `direction`, `site`, `layer`, `position` (from the start, negative from the end,
         or `BETWEEN`), `token` (the commonest there), `effect`, `share`, `low`, `high`. "where by head": the
@@ -172,6 +175,13 @@ def _spots(duo: Duo, questions: Questions) -> dict[str, Any]:
     return spots | {str(-at): -at for at in range(last, 0, -1)}
 
 
+def located(change: Any) -> bool:
+    """Whether the models differ enough, by a line of "where change", for shares to mean anything."""
+    sure = not float(change["low"]) <= 0 <= float(change["high"])
+    least = LEAST_KL if change["metric"] == "kl" else LEAST * float(change["scale"])
+    return sure and abs(float(change["change"])) > least
+
+
 def _gap(patched: Patched) -> np.ndarray:
     return patched.source_values - patched.base_values
 
@@ -187,6 +197,7 @@ def _change(into_reference: Patched, questions: Questions, shares: _Shares) -> p
         "change": change["value"],
         "low": change["low"],
         "high": change["high"],
+        "scale": 1.0 if questions.metric == "kl" else float(np.sqrt(np.square(theirs).mean())),
         "pairs": len(np.unique(questions.groups)),
     }
     return pd.DataFrame(line, index=[0])

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from veridical.comparison.where import BETWEEN, CHANGE, DIRECTIONS, HEADS, INTO_REFERENCE, PARTS, POSITIONS
+from veridical.comparison.where import (
+    BETWEEN,
+    CHANGE,
+    DIRECTIONS,
+    HEADS,
+    INTO_REFERENCE,
+    PARTS,
+    POSITIONS,
+    located,
+)
 from veridical.errors import InputError
 from veridical.reporting import figures
 
@@ -25,7 +34,7 @@ CELL = 24
 def locatable(tables: Tables) -> dict[str, bool]:
     """The figures that there is something for: none where the behaviour did not change beyond chance."""
     change: Any = tables.get(CHANGE)
-    there = change is not None and not change.empty and not change["low"][0] <= 0 <= change["high"][0]
+    there = change is not None and not change.empty and located(change.iloc[0])
     names = {"where": POSITIONS, "where parts": PARTS, "where heads": HEADS}
     return {name: bool(there and table in tables) for name, table in names.items()}
 

@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 
 from veridical.comparison.findings import Finding, Tables
-from veridical.comparison.where import BETWEEN, CHANGE, FOUND, HEADS, INTO_POLICY, INTO_REFERENCE, PARTS
+from veridical.comparison.where import (
+    BETWEEN,
+    CHANGE,
+    FOUND,
+    HEADS,
+    INTO_POLICY,
+    INTO_REFERENCE,
+    LEAST,
+    PARTS,
+    located,
+)
 
 NAMES = {"logit_diff": "the logit difference", "kl": "the divergence of the next token"}
 SMALL = 0.01
@@ -22,8 +32,9 @@ def where_findings(tables: Tables) -> list[Finding]:
     line = change.iloc[0]
     value, low, high = float(line["change"]), float(line["low"]), float(line["high"])
     rows, name = f"{int(line['pairs'])} pairs ({line['rows']})", NAMES[str(line["metric"])]
-    if value == 0 or low <= 0 <= high:
-        text = f"On {rows} {name} did not change beyond chance, so there is nothing to locate by patching"
+    if not located(line):
+        text = f"On {rows} {name} did not change by more than chance or {LEAST:.0%}, so there is nothing to "
+        text += "locate by patching"
         return [Finding(text, False, value, low, high, "0 for equal models", 25.0)]
     said = [_by_part(tables[PARTS], rows, name, line), *_by_place(tables.get(FOUND)), *_by_head(tables)]
     return said

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from veridical.hooked import HookedModel
+    from veridical.interventions.graph import Graph
     from veridical.interventions.runs import Runs
     from veridical.reporting.section import Section
 
@@ -288,8 +289,9 @@ class Attribution(Saved):
         return pd.concat(lines, ignore_index=True)
 
 
-def selected(senders: Sequence[str], receivers: Sequence[str], wanted: Any) -> np.ndarray:
+def selected(graph: Graph, wanted: Any) -> np.ndarray:
     """`[senders, receivers]` bool: pairs that any of `wanted` names, which may be globs."""
+    senders, receivers = ([node.name for node in nodes] for nodes in (graph.senders, graph.receivers))
     listed = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else list(wanted)
     chosen = np.zeros((len(senders), len(receivers)), dtype=bool)
     for spec in map(str, listed):
@@ -303,8 +305,10 @@ def selected(senders: Sequence[str], receivers: Sequence[str], wanted: Any) -> n
             np.array([fnmatch.fnmatchcase(name, end) for name in names])
             for end, names in zip(ends, (senders, receivers))
         ]
-        for what, side, end, names in zip(("sender", "receiver"), sides, ends, (senders, receivers)):
+        kinds = (("sender", graph.sender), ("receiver", graph.receiver))
+        for (what, one), side, end, names in zip(kinds, sides, ends, (senders, receivers)):
             if not side.any():
+                one(end)  # says more of a name that is well formed, such as how heads are grouped
                 raise unknown(what, end, names)
         chosen |= sides[0][:, None] & sides[1]
     return chosen

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from veridical.config import to_dict
 from veridical.console import said_where, step
+from veridical.errors import DiskFullError, VeridicalError
 from veridical.files import write_json
 from veridical.preference.config import DistilConfig, Method, PreferConfig
 from veridical.preference.data import Need, Preferences, load_preferences
@@ -22,6 +28,8 @@ from veridical.running import part, records, short
 
 log = logging.getLogger(__name__)
 
+LITTLE = 64 * 2**20
+"""Bytes of free space below which a failed write is taken for a full disk."""
 INTRO = """\
 A model was trained on preferences, and every checkpoint was loaded from disk and compared with the \
 reference that training began at. KL is exact over the vocabulary at each position and taken on the policy's \
@@ -64,16 +72,31 @@ def distil(options: PreferDistilVerb) -> Path:
     options.require("prefer distil")
     out = _out("distil", options)
     rows = _rows(options, "prompt" if options.answers == "teacher" else "chosen")
-    run = train_student(
-        str(options.model), rows, out, part(DistilConfig, options), student=options.student,
-        reward=options.reward,
-    )  # fmt: skip
+    with _explaining_full_disk(out):
+        run = train_student(
+            str(options.model), rows, out, part(DistilConfig, options), student=options.student,
+            reward=options.reward,
+        )  # fmt: skip
     return _keep(run, options, out, DISTIL)
 
 
 def _out(method: Method, options: Preferring) -> Path:
     name = f"{method}-{short(str(options.model))}-{short(str(options.data))}"
     return options.out or Path("runs") / name
+
+
+@contextlib.contextmanager
+def _explaining_full_disk(out: Path) -> Iterator[None]:
+    """A full disk as one line: each library that writes checkpoints has an error of its own for it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, VeridicalError) or not out.exists() or shutil.disk_usage(out).free > LITTLE:
+            raise
+        raise DiskFullError(
+            f"no space left while writing {out}; what was complete before is kept: free some space and run "
+            "again"
+        ) from error
 
 
 def _rows(options: Preferring, need: Need) -> Preferences:
@@ -86,7 +109,9 @@ def _train(method: Method, options: Preferring) -> Path:
     options.require(f"prefer {method}")
     out = _out(method, options)
     rows = _rows(options, NEEDS[method])
-    run = prefer(method, str(options.model), rows, out, part(PreferConfig, options), reward=options.reward)
+    config = part(PreferConfig, options)
+    with _explaining_full_disk(out):
+        run = prefer(method, str(options.model), rows, out, config, reward=options.reward)
     if isinstance(options, PreferRLVerb):
         _judge(run, options, out)
     return _keep(run, options, out, INTRO)
