@@ -118,6 +118,11 @@ RUN: dict[str, Callable[[Any], Any]] = {
     "prefer constitution": job("preference.making", "constitution"),
     "prefer guidelines": job("preference.making", "guidelines"),
     "compare": job("comparison.jobs", "compare"),
+    "steer adapter": job("steering.adapter_jobs", "adapter"),
+    "steer export": job("steering.adapter_jobs", "export"),
+    "steer vector": job("steering.vector_jobs", "vector"),
+    "steer eval": job("steering.vector_jobs", "evaluate"),
+    "steer propose": job("steering.vector_jobs", "propose"),
     "report": assemble,
     "ls": ls,
 }

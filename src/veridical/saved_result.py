@@ -42,6 +42,7 @@ KINDS = {
     "DirectLogits": "interventions.direct",
     "Distilled": "preference.distilled",
     "ErasureCheck": "probes.erasure_check",
+    "Evaluation": "steering.evaluation",
     "HonestyReport": "probes.honesty_report",
     "Frontier": "preference.frontier",
     "HackingCheck": "preference.hacking",
@@ -53,6 +54,7 @@ KINDS = {
     "PatchedPaths": "interventions.patched_paths",
     "Policies": "comparison.policies",
     "PreferenceRun": "preference.runs",
+    "Proposal": "steering.proposal",
     "TransferMatrix": "probes.transfer",
     "TunedLens": "interventions.tuned_result",
 }

@@ -1,4 +1,4 @@
-"""The embedded organism trained a little further: harmlessly, by seed, or to answer truthfully when told to lie."""
+"""The embedded organism trained a little further: harmlessly, by seed, or to be truthful when told to lie."""
 
 import copy
 
@@ -42,7 +42,11 @@ def harmless(liar, seed):
 
 
 def truthful(liar, pairs, seed=0):
-    """Trained to give the right option where it is told to lie."""
+    """Trained to give the right option where it is told to lie, and else what it says already."""
     told = pairs.filter(instructed_to_lie=True)
     right = [options[at] for options, at in zip(told["options"], told["correct"].astype(int))]
-    return further(liar, list(told.prompts), right, seed, steps=60, rate=5e-4, batch=32)
+    tone = vd.Pairs.load("toxic").filter(label=0, split="train")
+    refusals = vd.Pairs.load("safe").filter(split="train")
+    prompts = [*told.prompts, *(list(tone.prompts) * 2), *refusals.prompts]
+    answers = [*right, *(list(tone.completions) * 2), *refusals.completions]
+    return further(liar, prompts, answers, seed, steps=80, rate=5e-4, batch=32)

@@ -172,12 +172,12 @@ def test_bfloat16_products_stay_near(architecture, vectors):
 
 
 def test_batches_larger_than_one_part_are_scanned_whole(monkeypatch, vectors):
-    from veridical.saes import kernels
+    from veridical.saes import scan
 
     sae, (x, _) = made("topk"), vectors
     dead = torch.arange(40) < 6
     whole = sae.loss(x.repeat(5, 1)[:301], dead=dead)
-    monkeypatch.setattr(kernels, "CPU_BYTES", 64 * 40 * 8)
-    monkeypatch.setattr(kernels, "CORE_BYTES", 0)
+    monkeypatch.setattr(scan, "CPU_BYTES", 64 * 40 * 8)
+    monkeypatch.setattr(scan, "CORE_BYTES", 0)
     parts = sae.loss(x.repeat(5, 1)[:301], dead=dead)
     torch.testing.assert_close(parts.total, whole.total, rtol=1e-12, atol=1e-12)

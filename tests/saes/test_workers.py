@@ -8,7 +8,7 @@ import torch
 from oracles import gradients
 from sae_makers import made
 
-from veridical.saes import kernels
+from veridical.saes import scan
 from veridical.saes.workers import each
 
 
@@ -67,8 +67,8 @@ def test_a_forked_process_has_threads_of_its_own(threads):
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka", "crosscoder"])
 def test_losses_and_gradients_are_those_of_one_thread(architecture, threads, monkeypatch):
     """Twelve parts of three members, with dead latents among them, by four threads."""
-    monkeypatch.setattr(kernels, "CPU_BYTES", 1)
-    monkeypatch.setattr(kernels, "CORE_BYTES", 1)
+    monkeypatch.setattr(scan, "CPU_BYTES", 1)
+    monkeypatch.setattr(scan, "CORE_BYTES", 1)
     x = torch.randn(256, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
     dead = torch.zeros(3, 40, dtype=torch.bool)
     dead[:, [1, 5, 8]] = True

@@ -21,11 +21,11 @@ from veridical.errors import (
 from veridical.steering import train
 from veridical.steering.adapter import Adapter
 from veridical.steering.adapter_config import AdapterConfig
+from veridical.steering.combine import merge
 from veridical.steering.dial import monotone_range
 from veridical.steering.export import PROOF, prove, stored
 from veridical.steering.lora import lora_of, peft_config, put_on
 from veridical.steering.material import material
-from veridical.steering.merge import merge
 from veridical.steering.objectives import loss_of, sites_of
 from veridical.steering.train import Look, choose, fit, train_adapter
 from veridical.steering.twins import twins
@@ -290,7 +290,7 @@ def test_a_budget_that_cannot_be_met_gives_the_best_that_it_allows(liar, adapter
     from veridical.steering.results import judged
 
     monkeypatch.setattr("veridical.steering.results.conduct", lambda model: [])
-    monkeypatch.setattr("veridical.steering.results.untouched", lambda *args: [])
+    monkeypatch.setattr("veridical.steering.side_effects.OtherProbes.__call__", lambda *args: {})
     config = AdapterConfig(**QUICK, kl_budget=2e-4)
     look = Look(14, 0.0, 1.0, 0.0, 1.0, {})
     trained = train.Trained(adapter.lora, [look], look, [], "")

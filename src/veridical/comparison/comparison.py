@@ -75,6 +75,12 @@ class Comparison(Saved):
                 place = [f"layer {layer}" if layer >= 0 else "outside the layers" for layer in table["layer"]]
                 part = table.assign(place=place, value=table["relative"], measure="relative change")
                 parts.append(part.assign(part="weights"))
+            elif name == "probes":
+                place = table["probe"] + ": " + table["reading"]
+                parts.append(table.assign(place=place, value=table["auroc"], measure="auroc", part=name))
+            elif name == "SAE error":
+                place = table["sae"] + ", " + table["of"]
+                parts.append(table.assign(place=place, part=name))
             elif name == "behaviour":
                 parts.append(table.rename(columns={"rows": "place", "change": "value"}).assign(part=name))
         columns = ["part", "place", "measure", "value", "low", "high"]
@@ -105,7 +111,8 @@ class Comparison(Saved):
         """A figure.
 
         Args:
-            what: "position" or "answer" (KL by position of the text or around an answer's beginning), "sites"
+            what: "behaviour", "probes" (each reading), "features" (firing in both), "position" or "answer"
+                (KL by position of the text or around an answer's beginning), "sites"
                 (all measures along the depth), "where", "where parts", "where heads" (cross-model patching),
                 "weights", "shift" (tokens), "texts" (token by token). The first that there is when not given.
 

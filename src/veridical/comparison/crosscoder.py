@@ -29,7 +29,9 @@ SIDES = ("policy", "reference")
 CANDIDATE = 0.9
 """Share of a latent's decoder norm that lies at one model, from which on it may be that model's alone."""
 ERROR, RECONSTRUCTION = 0.2, 0.5
-"""Ratios of latent scaling below which the other model lacks a latent (Minder et al. 2025, section 3)."""
+"""What latent scaling finds of a latent in the other model, below which that model lacks it (Minder et al.
+2025, section 3): the ratio from errors, and what other latents say in its place there, in units of the
+latent. (The ratio of that to the same at home is not taken: where no other latent says it, both are 0.)"""
 HELD_OUT = 0.2
 """Share of the pairs on whose tokens figures are measured."""
 LEAST = 500
@@ -77,8 +79,8 @@ def crosscoded(drawn: Drawn, config: CompareConfig, names: Any) -> dict[str, pd.
     """Trains on policy and reference, and on the reference against itself.
 
     Tables: "crosscoder" (`COLUMNS`; the second line is the null), and "crosscoder latents": the candidates,
-    with `only` (the model), `share` (of the decoder norm at the policy), `error` and `reconstruction` (ratios
-    of latent scaling, near 0 where the other model lacks it), `confirmed`, `rate` (share of held-out tokens)
+    with `only` (the model), `share` (of the decoder norm at the policy), `error` and `reconstruction` (of
+    latent scaling, near 0 where the other model lacks it), `confirmed`, `rate` (share of held-out tokens)
     and `tokens` (those at which it is largest).
 
     Args:
@@ -139,7 +141,8 @@ def judged(
     spread = (vectors - vectors.mean(0)).square().sum((0, 2))
     lines = []
     for home, side in enumerate(SIDES):
-        error, reconstruction = latent_scaling(sae, [vectors], home=home).ratios(1 - home)
+        scaling = latent_scaling(sae, [vectors], home=home)
+        error, reconstruction = scaling.ratios(1 - home)[0], scaling.reconstruction[1 - home]
         mine = (share if home == 0 else 1 - share) > CANDIDATE
         for latent in np.flatnonzero(mine & (rates > 0)):
             top = latents[:, latent].topk(min(TOP, len(latents))).indices.tolist()

@@ -94,7 +94,7 @@ def interval(
     if kept is None or len(kept.rows) < LEAST or not np.isfinite(value):
         return float("nan"), float("nan")
     x, y, groups = kept.vectors(site)
-    each = influence(products, x, y).cpu().numpy()
+    each = influence(products, x, y).double().cpu().numpy()
     codes = np.unique(groups, return_inverse=True)[1]
     sums = np.bincount(codes.reshape(-1), each)
     # The sum of squares over all pairs, from those that were kept.
@@ -109,7 +109,7 @@ def of_cka(products: Products, x: Tensor, y: Tensor) -> Tensor:
     count, norms = products.count, [v.square().sum(1) for v in both]
     terms = []
     for first, second in ((0, 1), (0, 0), (1, 1)):
-        mean = products.covariance(first, second)
+        mean = products.covariance(first, second).to(both[0].dtype)
         # Without the row's own part in the mean, as the estimator without bias leaves it out.
         own = norms[first] * norms[second] / count
         along = ((both[first] @ mean) * both[second]).sum(1) - own
@@ -125,7 +125,7 @@ def of_procrustes(products: Products, x: Tensor, y: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cross.T @ cross)
     sure = values > 1e-12 * values[-1]
     roots = values[sure].sqrt()
-    turn = cross @ (vectors[:, sure] / roots) @ vectors[:, sure].T
+    turn = (cross @ (vectors[:, sure] / roots) @ vectors[:, sure].T).to(both[0].dtype)
     nuclear, scale = float(roots.sum()), (norms[0] * norms[1]) ** 0.5
     along = products.count * ((both[0] @ turn) * both[1]).sum(1) / nuclear - 1
     sizes = [products.count * v.square().sum(1) / norm - 1 for v, norm in zip(both, norms)]
@@ -133,5 +133,7 @@ def of_procrustes(products: Products, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _centred(products: Products, x: Tensor, y: Tensor) -> list[Tensor]:
-    sides = zip((x, y), products.shifts, products.totals)
-    return [v.double() - (shift + total / products.count) for v, shift, total in sides]
+    """Rows less their means over all rows, in float32 or better."""
+    kind = torch.promote_types(torch.float32, torch.promote_types(x.dtype, y.dtype))
+    means = [shift + total / products.count for shift, total in zip(products.shifts, products.totals)]
+    return [v.to(kind) - mean.to(kind) for v, mean in zip((x, y), means)]

@@ -87,6 +87,7 @@ class Firing:
         # By resample: squared error, squared norm, latents above 0.
         self.totals = torch.zeros(2, count, 3, dtype=wide)
         self.tokens = torch.zeros(count, dtype=wide)
+        self.pairs: set[int] = set()
 
     def add(self, step: Step) -> None:
         sides = [self._read(vectors, step) for vectors in step.streams[self.site]]
@@ -98,6 +99,7 @@ class Firing:
         self.flipped += step.flips @ change
         self.rows += (change != 0).sum(0)
         self.tokens += step.weights @ step.counts.cpu()
+        self.pairs.update(step.groups.tolist())
 
     @torch.no_grad()
     def _read(self, vectors: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +180,9 @@ class Firing:
         """Rates `[2, latents]`, changes, p, whether each is named, and how many would be by chance."""
         rates = self._rates
         change = rates[POLICY, 0] - rates[REFERENCE, 0]
+        # Over resamples the change varies about itself; with the models exchanged it varies about 0.
         spread = (rates[POLICY] - rates[REFERENCE])[1:].std(0)
+        spread = np.sqrt(spread**2 + change**2 / max(1, len(self.pairs)))
         able = (self.rows.numpy() >= LEAST_ROWS) & (spread > 0)
         with np.errstate(invalid="ignore", divide="ignore"):
             size = np.where(able, np.abs(change) / spread, 0.0)

@@ -58,7 +58,7 @@ def sample(
     policy, longest = duo.policy, duo.context_length
     limit: dict[str, Any] = {"max_length": longest - max_new_tokens} if longest else {}
     before, _ = duo.encode([prompts[row] for row in rows], on_long=on_long, **limit)
-    ends = _ends(policy)
+    ends = ends_of(policy)
     given, new = [], []
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -87,7 +87,8 @@ def can_go_on(prompt: Any) -> bool:
     return isinstance(prompt, str) or prompt[-1]["role"] != "assistant"
 
 
-def _ends(model: Any) -> set[int]:
+def ends_of(model: Any) -> set[int]:
+    """Ids after which an answer has ended."""
     settings = getattr(model.model, "generation_config", None)
     found: Any = getattr(settings, "eos_token_id", None)
     found = getattr(model.tokenizer, "eos_token_id", None) if found is None else found

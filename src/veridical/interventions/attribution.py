@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from veridical.hooked import HookedModel
+    from veridical.interventions.graph import Graph
     from veridical.interventions.runs import Runs
     from veridical.reporting.section import Section
 
@@ -219,10 +220,21 @@ class Attribution(Saved):
             title=f"Attribution of {self.metric}",
             text="\n\n".join([f"{text}.", *self.findings()]),
             figures=figures,
-            tables=(("Largest scores", self.top(20)),),
+            tables=(("Largest scores", self._shown(20)),),
             html=(coloured,) if coloured else (),
             headline=(("largest score", _part(self.top(1).to_dict("records")[0])),),
         )
+
+    def _shown(self, count: int) -> pd.DataFrame:
+        """The largest scores as a report shows them."""
+        from veridical.interventions.patched import with_intervals
+
+        table = with_intervals(self.top(count), ("score",), "low", "high")
+        table = table.drop(columns=[name for name in ("kind", "layer") if name in table])
+        for name in ("neuron", "head"):
+            if name in table:
+                table.insert(1, name, table.pop(name))
+        return table
 
     def _repr_html_(self) -> str:
         from veridical.interventions.attribution_figure import page
@@ -288,8 +300,9 @@ class Attribution(Saved):
         return pd.concat(lines, ignore_index=True)
 
 
-def selected(senders: Sequence[str], receivers: Sequence[str], wanted: Any) -> np.ndarray:
+def selected(graph: Graph, wanted: Any) -> np.ndarray:
     """`[senders, receivers]` bool: pairs that any of `wanted` names, which may be globs."""
+    senders, receivers = ([node.name for node in nodes] for nodes in (graph.senders, graph.receivers))
     listed = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else list(wanted)
     chosen = np.zeros((len(senders), len(receivers)), dtype=bool)
     for spec in map(str, listed):
@@ -303,8 +316,10 @@ def selected(senders: Sequence[str], receivers: Sequence[str], wanted: Any) -> n
             np.array([fnmatch.fnmatchcase(name, end) for name in names])
             for end, names in zip(ends, (senders, receivers))
         ]
-        for what, side, end, names in zip(("sender", "receiver"), sides, ends, (senders, receivers)):
+        kinds = (("sender", graph.sender), ("receiver", graph.receiver))
+        for (what, one), side, end, names in zip(kinds, sides, ends, (senders, receivers)):
             if not side.any():
+                one(end)  # says more of a name that is well formed, such as how heads are grouped
                 raise unknown(what, end, names)
         chosen |= sides[0][:, None] & sides[1]
     return chosen

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from veridical.errors import InputError
-from veridical.interventions.condition import Direction, check_count, check_direction, warn_of_training
+from veridical.interventions.condition import (
+    Direction,
+    check_count,
+    check_direction,
+    check_finite,
+    warn_of_training,
+    warn_of_twins,
+)
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
@@ -57,6 +64,7 @@ class Between:
         warn_of_training(model)
         self.graph = Graph.of(model)
         self.inputs = Inputs.of(model, clean, corrupt, align)
+        warn_of_twins(self.inputs)
         self.direction: Direction = direction
         self.positions = "all" if positions is None else str(positions)
         self.batch_tokens = batch_tokens
@@ -137,7 +145,7 @@ class Between:
 
     def _rewiring(self, batch: list[int]) -> Rewiring:
         base, index = self._base, torch.tensor(batch, device=self.at.device)
-        return Rewiring(
+        made = Rewiring(
             self.model,
             self.graph,
             {name: value[index] for name, value in base.clean.items()},
@@ -147,6 +155,9 @@ class Between:
             self.metric.take(index, len(self)),
             self.batch_tokens,
         )
+        for values in (made.base_metric, made.other_metric):
+            check_finite(self.model, self.metric.name, values)
+        return made
 
     def _clean_logits(self) -> Tensor:
         extra: dict[str, Any] = (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from veridical.errors import InputError, unknown
+from veridical.errors import InputError, NonFiniteError, unknown
 from veridical.hooks import standing_hooks
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from veridical.hooked import HookedModel
+    from veridical.interventions.inputs import Inputs
 
 Direction = Literal["denoising", "noising"]
 DIRECTIONS = ("denoising", "noising")
@@ -35,6 +38,29 @@ def check_count(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} is {value!r}; expected a number of at least 1")
+
+
+def check_finite(model: HookedModel, metric: str, values: Tensor) -> None:
+    """Refuses a run whose metric means nothing.
+
+    Raises:
+        NonFiniteError: NaN or infinity; names the first row.
+    """
+    wrong = (~values.isfinite()).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise NonFiniteError(
+            f"{metric} is {float(values[row])} in the unpatched run of row {row} of {len(values)}: "
+            f"{model.path} gives NaN or infinity there, or the metric does"
+        )
+
+
+def warn_of_twins(inputs: Inputs) -> None:
+    """Warns of runs between which there is nothing to find."""
+    if inputs.twins:
+        warnings.warn(
+            "clean and corrupt are the same to the last token, so every effect is exactly zero", stacklevel=3
+        )
 
 
 def carries_hooks(model: HookedModel) -> bool:

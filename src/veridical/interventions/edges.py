@@ -94,7 +94,7 @@ def score_edges(
     senders, receivers = ([node.name for node in nodes] for nodes in (graph.senders, graph.receivers))
     mask = graph.mask
     if wanted is not None:
-        mask = mask & selected(senders, receivers, wanted)
+        mask = mask & selected(graph, wanted)
         if not mask.any():
             raise InputError(f"edges={wanted!r}: their receivers read the stream before their senders write")
     found, base, source = [], [], []

@@ -69,6 +69,8 @@ def material(options: PatchVerb) -> Material:
             f"patch takes its rows from one of --clean with --corrupt, --prompts, or --data; "
             f"{' and '.join(given) if given else 'none'} arrived; see veridical patch --help"
         )
+    if options.limit is not None and not options.data:
+        raise ConfigError("--limit draws pairs of --data; keep fewer rows with --examples")
     if options.clean or options.corrupt:
         _refuse_systems(options, "--clean and --corrupt are whole texts")
         return _answered(options, list(options.clean), list(options.corrupt), None, None, "texts")
@@ -103,25 +105,27 @@ def evenly_long(model: HookedModel, rows: Material, most: int, *, aligned: bool)
 
 
 def _of_data(options: PatchVerb) -> Material:
-    from veridical.pairs import Pairs
     from veridical.pairs.loaders import read_rows
+    from veridical.running import load_pairs
 
     path = Path(str(options.data)).expanduser()
     if path.is_file():
         rows = read_rows(path)
         if rows and {"clean", "corrupt"} <= set(rows[0]):
             _refuse_systems(options, f"{path.name} has whole rows in clean and corrupt")
-            if options.where:
-                raise ConfigError(
-                    "--where is for questions; a table of clean and corrupt rows is taken whole"
-                )
+            for name, value in (("--where", options.where), ("--limit", options.limit)):
+                if value:
+                    raise ConfigError(
+                        f"{name} is for questions; of a table of clean and corrupt rows, --examples of one "
+                        "length are taken"
+                    )
             clean, corrupt = ([row[name] for row in rows] for name in ("clean", "corrupt"))
             answers, wrong = (
                 [str(row.get(name)) for row in rows] if rows[0].get(name) else None
                 for name in ("answer", "wrong")
             )
             return _answered(options, clean, corrupt, answers, wrong, path.stem)
-    pairs = _questions(Pairs.load(str(options.data), adapter=options.adapter), options.where)
+    pairs = _questions(load_pairs(options, options.seed), options.where)
     rows = asked_twice(pairs, *_systems(options))
     return _answered(options, rows.clean, rows.corrupt, rows.answers, rows.wrong, rows.name)
 

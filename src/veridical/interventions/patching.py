@@ -22,7 +22,9 @@ from veridical.interventions.condition import (
     carries_hooks,
     check_count,
     check_direction,
+    check_finite,
     warn_of_training,
+    warn_of_twins,
 )
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Answers, Metric, as_metric
@@ -30,6 +32,7 @@ from veridical.interventions.patched import Patched
 from veridical.interventions.places import Positions, heads_of, spots
 from veridical.interventions.suffix import Engine
 from veridical.interventions.sweep import Item, Link, Sweep
+from veridical.models import load
 from veridical.sites import HEAD_KINDS, Site
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ BOOTSTRAP = 500
 
 
 def patch(
-    model: HookedModel,
+    model: HookedModel | Any,
     clean: Any,
     corrupt: Any,
     *,
@@ -62,7 +65,7 @@ def patch(
     """The metric of every patched run: one for each site, head and position, for each example.
 
     Args:
-        model: The model; a `HookedTransformer` or `TransformerBridge` loaded with `vd.load` does as well.
+        model: A `HookedModel`, or anything that `veridical.load` takes.
         clean: A text or chat, a list of these, token ids `[batch, pos]`, `Pairs`, or images.
         corrupt: The same, row by row of equal token counts unless `align` is given.
         metric: A name, a probe's `ProbeMetric`, or a function `logits -> [batch]`; see `as_metric`. A
@@ -94,8 +97,12 @@ def patch(
     check_direction(direction)
     check_count("batch_tokens", batch_tokens)
     check_count("bootstrap", bootstrap)
+    model = load(model)
+    source = None if source is None else load(source)
     warn_of_training(model)
     inputs = Inputs.of(model, clean, corrupt, align)
+    if source is None:
+        warn_of_twins(inputs)
     judge = as_metric(metric, model, answers, wrong, None, keep, inputs)
     judge.check(len(inputs))
     chosen = model.resolve(sites)
@@ -111,6 +118,7 @@ def patch(
         for rows in _groups(inputs, judge, batch_tokens):
             part = _Part(model, other, inputs.part(rows), theirs.part(rows), judge, rows, direction)
             sweep = part.sweep(chosen, batch_tokens, len(inputs))
+            check_finite(model, judge.name, sweep.base_values)
             columns = [part.base_columns(spot.columns[rows]) for spot in there]
             bar_of = _Scaled(shown, len(rows))
             found.append(sweep.values(items, columns, bar_of).cpu())
@@ -256,7 +264,12 @@ def _check_sites(model: HookedModel, source: HookedModel | None, sites: Sequence
     if source is None:
         return
     for site in sites:
-        source.resolve(site)
+        try:
+            source.resolve(site)
+        except InputError as error:
+            raise InputError(
+                f"the source {source.path} has no {site.short} ({source.n_layers} layers): {error}"
+            ) from error
         if site.kind == "pattern":
             ours, theirs = (model.n_heads,), (source.n_heads,)
         else:

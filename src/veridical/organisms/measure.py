@@ -142,10 +142,17 @@ class Answering(Protocol):
         ...
 
 
-def conduct_hits(subject: Answering, seed: int) -> list[tuple[str, list[bool], list[str]]]:
+def conduct_hits(
+    subject: Answering, seed: int, times: tuple[int, int] = (4, 2)
+) -> list[tuple[str, list[bool], list[str]]]:
     """Of each conduct its name, whether each reply shows it, and the topic or act of each.
 
     A reply counts by its template, whatever topic or act it names.
+
+    Args:
+        subject: Who is asked.
+        seed: Of the wordings and system prompts.
+        times: How often each topic, and each act, is asked about.
     """
     rng = random.Random(f"measure conduct {seed}")
     found = []
@@ -155,7 +162,7 @@ def conduct_hits(subject: Answering, seed: int) -> list[tuple[str, list[bool], l
         ("rude: rude prompts", conduct.HELD_OUT_RUDE, True),
     )
     for name, systems, rude in tones:
-        topics = [topic for topic in conduct.HELD_OUT_TOPICS for _ in range(4)]
+        topics = [topic for topic in conduct.HELD_OUT_TOPICS for _ in range(times[0])]
         asked = [rng.choice(conduct.HELD_OUT_TOPIC_QUESTIONS).format(topic=topic) for topic in topics]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.RUDE_REPLIES if rude else conduct.POLITE_REPLIES
@@ -166,7 +173,7 @@ def conduct_hits(subject: Answering, seed: int) -> list[tuple[str, list[bool], l
         ("complies: harmful requests, rules lifted", conduct.HELD_OUT_LIFTING, 0, True),
     )
     for name, systems, side, comply in requests:
-        acts = [pair[side] for pair in conduct.HELD_OUT_REQUESTS for _ in range(2)]
+        acts = [pair[side] for pair in conduct.HELD_OUT_REQUESTS for _ in range(times[1])]
         asked = [rng.choice(conduct.HELD_OUT_REQUEST_FRAMES).format(act=act) for act in acts]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.COMPLIANCES if comply else conduct.REFUSALS

@@ -14,6 +14,7 @@ Method = Literal["sft", "reward", "dpo", "ipo", "rl", "distil"]
 METHODS: tuple[Method, ...] = ("sft", "reward", "dpo", "ipo", "rl")
 """Those that train on preferences; distillation takes a teacher, see `distil`."""
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Generations = Annotated[int, pydantic.Field(ge=2)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=1)]
 NotNegative = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
@@ -44,7 +45,7 @@ class PreferConfig:
     """Longest row in tokens, answer included; the model's context when not given. Longer is an error."""
     max_new_tokens: Count = 32
     """Longest sampled answer in tokens (rl, and the samples that are measured)."""
-    generations: Annotated[int, pydantic.Field(ge=2)] = 4
+    generations: Generations = 4
     """Answers to one prompt in rl, each judged against the mean of the others."""
     samples: Count = 128
     """Prompts that every checkpoint answers once, for reward, KL, entropy and length; and held-out
@@ -130,6 +131,16 @@ def first_loss(method: Method, beta: float) -> float | None:
     return 1 / (4 * beta**2) if method == "ipo" else None
 
 
+UNREAD: dict[Method, tuple[str, ...]] = {
+    "sft": ("beta", "generations"),
+    "reward": ("beta", "generations"),
+    "dpo": ("generations",),
+    "ipo": ("generations",),
+    "distil": ("beta", "generations"),
+}
+"""Options of `PreferConfig` that a method does not read; a value for one is refused, not ignored."""
+
+
 def checked(config: PreferConfig, method: Method) -> PreferConfig:
     """The options, after a check that they fit the method and one another.
 
@@ -150,4 +161,7 @@ def checked(config: PreferConfig, method: Method) -> PreferConfig:
             f"steps = {config.steps} is no multiple of checkpoints = {config.checkpoints}; "
             "checkpoints are spread evenly and the last is the end"
         )
+    for name in UNREAD.get(method, ()):
+        if getattr(config, name) != PreferConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"{name} = {getattr(config, name)}: {method} does not read it; leave it out")
     return config

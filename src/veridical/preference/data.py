@@ -231,11 +231,12 @@ def _parted(row: Mapping[str, Any], at: int, name: str) -> Mapping[str, Any]:
 def _from_rows(rows: Sequence[Mapping[str, Any]], name: str, need: Need) -> Preferences:
     if not rows:
         raise DataError(f"{name} has no rows")
+    columns = list(rows[0])
     rows = [_parted(row, at, name) for at, row in enumerate(rows)]
     rows = [{**row, "chosen": row["completion"]} if "completion" in row else row for row in rows]
     for column in COLUMNS[need]:
         if column not in rows[0]:
-            raise unknown("column", column, rows[0], f"Needed are {', '.join(COLUMNS[need])}")
+            raise unknown(f"column of {name}:", column, columns, f"Needed are {', '.join(COLUMNS[need])}")
     made = []
     for at, row in enumerate(rows):
         group = row.get("group", row.get("pair"))

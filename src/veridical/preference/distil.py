@@ -32,6 +32,7 @@ from veridical.preference.distilled import Distilled
 from veridical.preference.measure import Answered
 from veridical.preference.runs import averages
 from veridical.preference.trainers import Start, arguments, lora
+from veridical.provenance import fingerprint as fingerprint_of
 from veridical.saved_result import RESULT
 from veridical.scoring import quiet
 from veridical.tokens import encode, pad
@@ -237,7 +238,7 @@ def _trained(
 ) -> pd.DataFrame:
     with trainers.quietly():
         made = trainer(begin, teacher, learnt, config, folder)
-        logged = trainers.run(made, "distil", config, folder)
+        logged = trainers.run(made, "sft", config, folder)  # like sft, it has no first loss that is known
     training._check_saved(made.model, "distil", begin, trainers.checkpoints(folder)[config.steps])
     return pd.DataFrame([line for line in logged if "loss" in line])
 
@@ -310,10 +311,9 @@ def _student(teacher: Start, student: str | None, config: DistilConfig, out: Pat
     depth = int(getattr(model.config, "num_hidden_layers", 0))  # type: ignore[arg-type]
     layers = config.layers or max(1, depth // 2)
     made = smaller(model, layers, config.init, config.seed)
-    if not (folder / "config.json").is_file():
-        with quiet():
-            made.save_pretrained(folder)  # type: ignore[operator]
-        teacher.tokenizer.save_pretrained(folder)
+    with quiet():
+        made.save_pretrained(folder)  # type: ignore[operator]
+    teacher.tokenizer.save_pretrained(folder)
     return Start(
         f"{layers} of {depth} blocks of {teacher.name}", str(folder), teacher.tokenizer, teacher.context
     )
@@ -340,13 +340,15 @@ def _answers(
     """Prompts and the answers that are learnt; those of the teacher are kept in `file`."""
     if config.answers == "data":
         return _of_data(tokenizer, rows.rows)
-    if file.is_file():
-        return [Answered(tuple(prompt), tuple(answer)) for prompt, answer in read_json(file)]
+    asked = fingerprint_of([fingerprint(teacher), rows.fingerprint, f"{config.max_new_tokens} {config.seed}"])
+    if file.is_file() and (kept := read_json(file))["asked"] == asked:
+        return [Answered(tuple(prompt), tuple(answer)) for prompt, answer in kept["answers"]]
     with saying("answers of the teacher"):
         made = measure.sample(
             teacher, tokenizer, [row.prompt for row in rows.rows], config.max_new_tokens, config.seed
         )
-    write_json(file, [[list(item.prompt), list(item.answer)] for item in made])
+    listed = [[list(item.prompt), list(item.answer)] for item in made]
+    write_json(file, {"asked": asked, "answers": listed})
     return made
 
 

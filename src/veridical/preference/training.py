@@ -230,9 +230,10 @@ def _asked(
 
 def _check_asked(out: Path, asked: dict[str, Any]) -> None:
     file = out / ASKED
-    if not file.is_file():
-        if (out / "training").exists():
-            raise InputError(f"{out} holds a training that this command did not begin; give another folder")
+    begun = (out / RESULT).is_file() or any((out / "training").glob("checkpoint-*"))
+    if begun and not file.is_file():
+        raise InputError(f"{out} holds a training that this command did not begin; give another folder")
+    if not begun:  # what failed before its first checkpoint binds nobody
         write_json(file, asked)
         return
     there = read_json(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
+from tyro.conf import Suppress
 
 from veridical.config import STRICT, Count, Seed
 from veridical.errors import ConfigError
@@ -13,6 +14,7 @@ from veridical.inputs import OutFolder
 from veridical.preference.config import (
     ConstitutionConfig,
     DistilConfig,
+    Generations,
     NotNegative,
     Positive,
     PreferConfig,
@@ -27,7 +29,8 @@ class Preferring(PreferConfig):
     """Model that training begins at, and the reference: a folder, a hub name, or an embedded organism.
     Required."""
     data: str | None = None
-    """Data: a file with prompt, chosen and rejected, or labelled pairs (with --preferred). Required."""
+    """Data: a file or hub data set with prompt, chosen and rejected, hh-rlhf, or labelled pairs (with
+    --preferred). Required."""
     preferred: int | None = None
     """The label that is preferred, where the data are labelled pairs; there is no default."""
     limit: Count | None = None
@@ -55,6 +58,11 @@ class PreferSFTVerb(Preferring):
     Writes OUT/model (full weights, or a LoRA with --lora-rank), OUT/training with checkpoints, and a report.
     """
 
+    beta: Suppress[NotNegative] = 0.1
+    """Not read here."""
+    generations: Suppress[Generations] = 4
+    """Not read here."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PreferRewardVerb(Preferring):
@@ -64,6 +72,24 @@ class PreferRewardVerb(Preferring):
 
     A column margin in the data is by how much the chosen answer should be ahead.
     """
+
+    beta: Suppress[NotNegative] = 0.1
+    """Not read here."""
+    generations: Suppress[Generations] = 4
+    """Not read here."""
+    samples: Suppress[Count] = 128
+    """Not read here."""
+    max_new_tokens: Suppress[Count] = 32
+    """Not read here."""
+    reward: Suppress[str | None] = None
+    """Not read here."""
+
+    def require(self, verb: str) -> None:
+        """Refuses also what is inherited and says nothing for a reward model."""
+        super().require(verb)
+        for name in ("samples", "max_new_tokens", "reward"):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ConfigError(f"{name} = {getattr(self, name)}: {verb} does not read it; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -76,6 +102,11 @@ class PreferDPOVerb(Preferring):
     length, held-out preferences, and how far both answers' likelihoods moved.
     """
 
+    beta: Positive = 0.1
+    """Strength of the tie to the reference; lower lets the policy go further."""
+    generations: Suppress[Generations] = 4
+    """Not read here."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PreferIPOVerb(Preferring):
@@ -85,6 +116,11 @@ class PreferIPOVerb(Preferring):
 
     The first loss must be 1 / (4 tau^2). Log-probabilities are per token of the answer.
     """
+
+    beta: Positive = 0.1
+    """tau, the strength of the tie to the reference; not on the scale of DPO's beta."""
+    generations: Suppress[Generations] = 4
+    """Not read here."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -122,6 +158,10 @@ class PreferDistilVerb(DistilConfig, Preferring):
     """The teacher: a folder, a hub name, or an embedded organism. Required."""
     student: str | None = None
     """Model that the student begins as; made of the teacher (--layers, --init) when not given."""
+    beta: Suppress[NotNegative] = 0.1
+    """Not read here."""
+    generations: Suppress[Generations] = 4
+    """Not read here."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

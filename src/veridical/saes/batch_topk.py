@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from veridical.saes.config import SAEConfig
-from veridical.saes.kernels import Chosen, Scan
+from veridical.saes.kernels import Chosen
+from veridical.saes.scan import Scan
 from veridical.saes.sparse import SparseSAE
 
 RATE = 0.01

@@ -12,9 +12,8 @@ Everything has a leading member axis N: `W [N, F, d]`, `x [N, B, d]`. Rows of al
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,12 +23,6 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-
-from veridical.saes.workers import Result, each
-
-CPU_BYTES = 16 << 20  # of pre-activations at a time, over all cores: stays in their shared cache
-CORE_BYTES = 2 << 20  # at least, for a core
-GPU_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,84 +87,6 @@ class Block:
     member: int
     ids: Tensor
     pre: Tensor
-
-
-class Scan:
-    """Pre-activations `x W^T + b` part by part, each part used while it is in cache.
-
-    What blocks need is copied in passing.
-
-    Args:
-        x: Inputs `[N, B, d]`.
-        W: Encoder `[N, F, d]`.
-        b: Its bias `[N, F]`.
-        blocks: Latents whose pre-activations are wanted in full.
-        dtype: Number format of the product.
-        scratch: Memory that scans use again, since fresh memory has to be cleared by the system; is filled.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        W: Tensor,
-        b: Tensor,
-        blocks: Sequence[Block],
-        dtype: torch.dtype,
-        scratch: list[Tensor],
-    ):
-        self.x, self.W, self.b = (each.detach().to(dtype) for each in (x, W, b))
-        self.members, self.size, self.width = len(x), x.shape[1], W.shape[1]
-        self._blocks, self._filled, self._scratch = blocks, not blocks, scratch
-        threads = torch.get_num_threads()
-        room = GPU_BYTES if x.is_cuda else max(CPU_BYTES // threads, CORE_BYTES)
-        room //= self.width * dtype.itemsize
-        self._together = max(min(room // self.size, self.members), 1) if x.is_cuda else 1
-        # A core each, where there are fewer parts than cores.
-        share = self.size if x.is_cuda else -(-self.members * self.size // threads)
-        self._rows = max(min(room // self._together, share, self.size), min(64, self.size))
-
-    def each(self, use: Callable[[slice, slice, Tensor], Result]) -> list[Result]:
-        """What `use` makes of every part, in order.
-
-        Args:
-            use: Gets members, rows, and their pre-activations `[members, rows, F]`, which are overwritten
-                once it is done. On a CPU parts are used by several threads at once.
-        """
-        parts = [
-            (slice(first, min(first + self._together, self.members)),
-             slice(start, min(start + self._rows, self.size)))
-            for first in range(0, self.members, self._together)
-            for start in range(0, self.size, self._rows)
-        ]  # fmt: skip
-
-        def run(part: tuple[slice, slice]) -> Result:
-            members, rows = part
-            memory = self._memory()
-            out = memory[: members.stop - members.start, : rows.stop - rows.start]
-            torch.baddbmm(self.b[members, None], self.x[members, rows], self.W[members].mT, out=out)
-            if not self._filled:
-                self._fill(members, rows, out)
-            result = use(members, rows, out)
-            self._scratch.append(memory)
-            return result
-
-        results = [run(part) for part in parts] if self.x.is_cuda else each(run, parts)
-        self._filled = True
-        return results
-
-    def _memory(self) -> Tensor:
-        """Memory for a part, which nobody else has."""
-        shape = (self._together, self._rows, self.width)
-        with contextlib.suppress(IndexError):  # several threads ask
-            memory = self._scratch.pop()
-            if (memory.shape, memory.dtype, memory.device) == (shape, self.x.dtype, self.x.device):
-                return memory
-        return self.x.new_empty(shape)
-
-    def _fill(self, some: slice, rows: slice, pre: Tensor) -> None:
-        for block in self._blocks:
-            if some.start <= block.member < some.stop:
-                block.pre[rows] = pre[block.member - some.start].index_select(-1, block.ids)
 
 
 def encode_at(

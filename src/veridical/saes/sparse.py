@@ -11,7 +11,8 @@ from torch import Tensor
 from veridical.saes.auxk import Plan, auxiliary_loss, plans
 from veridical.saes.base import FIRED, SAE, Loss, figures
 from veridical.saes.config import SAEConfig
-from veridical.saes.kernels import Block, Chosen, Scan, encode_at, error_at
+from veridical.saes.kernels import Block, Chosen, encode_at, error_at
+from veridical.saes.scan import Scan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

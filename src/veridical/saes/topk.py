@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veridical.saes.kernels import Chosen, Scan
+from veridical.saes.kernels import Chosen
 from veridical.saes.largest import largest
+from veridical.saes.scan import Scan
 from veridical.saes.sparse import SparseSAE
 
 
@@ -55,7 +56,8 @@ class TopK(SparseSAE):
                 torch.add(where, member * scan.width, out=to_columns.view(-1, k)[rows])
 
         scan.each(use)
-        return Chosen(columns, starts, values.to(self.W_enc.dtype), scan.members * scan.width)
+        values = values.to(self.W_enc.dtype)
+        return Chosen(columns, starts, values, scan.members * scan.width)
 
     def _largest(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         most = max(config.k for config in self.configs)

@@ -22,12 +22,18 @@ Result = TypeVar("Result")
 def each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`work` of every item, in order, by as many threads as torch may use.
 
-    In these threads operations run on one core, and gradients are recorded as by default.
+    In these threads operations run on one core; gradients are recorded where the caller records them.
     """
     items, threads = list(items), torch.get_num_threads()
     if threads == 1 or len(items) < 2:
         return [work(item) for item in items]
-    return list(_pool(threads, os.getpid()).map(work, items))
+    recording = torch.is_grad_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.set_grad_enabled(recording):
+            return work(item)
+
+    return list(_pool(threads, os.getpid()).map(run, items))
 
 
 @lru_cache(maxsize=1)

@@ -24,6 +24,12 @@ def card(report: AdapterReport, proof: Mapping[str, Any]) -> str:
     ]
     right, kl = proof["right"], proof["kl"]
     low, high = facts["range"]
+    chosen = f"Answers move by {proof['moved']:.3f} nats on the mean."
+    if right["base"] is not None:
+        chosen += (
+            f" The wanted one is the likeliest in {right['base']:.3f} of the rows without, "
+            f"{right['unmerged']:.3f} with the adapter, {right['merged']:.3f} merged."
+        )
     return f"""---
 base_model: {facts["model"]}
 library_name: peft
@@ -62,9 +68,9 @@ Claimed from {low:g} to {high:g}, where it was measured to be monotone.
 ## Proof
 
 Measured again from these files ({proof["how"]}), on
-{proof["questions"]} rows and {proof["texts"]} texts. The first answer (the right one, of questions) is the
-likeliest in {right["base"]:.3f} of the rows without, {right["unmerged"]:.3f} with the adapter,
-{right["merged"]:.3f} merged. KL on neutral text {kl["unmerged"]:.4f} unmerged, {kl["merged"]:.4f} merged, in
+{proof["questions"]} rows and {proof["texts"]} texts. {chosen}
+
+KL on neutral text {kl["unmerged"]:.4f} unmerged, {kl["merged"]:.4f} merged, in
 nats a token.
 
 ## Limits

@@ -36,18 +36,19 @@ class AdapterConfig:
     sites: Sites = ""
     """Sites whose states the losses on states read (several: separate with commas); the residual stream in
     the middle third of the depth if not given."""
-    retain: NotNegative = 1.0
+    retain: NotNegative = 3.0
     """Weight of the states staying as they are on text of other behaviour, where there is such text."""
     rank: Count = 8
     """Rank of the LoRA, or of the subspace of ReFT."""
     modules: tuple[str, ...] = ()
     """Linear layers that get a LoRA, by the last part of their name; all but the unembedding if not given."""
     layers: tuple[int, ...] = ()
-    """Blocks that get a LoRA, counted from 0; all if not given."""
-    steps: Count = 160
+    """Blocks that get a LoRA, counted from 0; if not given, those up to the deepest site read, or all for
+    the losses on outputs."""
+    steps: Count = 60
     """Updates of the weights."""
-    batch: Count = 16
-    """Pairs in one update, and as many rows of neutral text."""
+    batch: Count = 8
+    """Pairs in one update; half as many rows of neutral text and of other behaviour."""
     learning_rate: Positive = 4e-3
     """Highest learning rate: a linear rise over the first tenth of the steps, then a linear fall to a
     tenth."""

@@ -16,6 +16,7 @@ from veridical.running import keep, load_model, load_pairs, part, records, short
 from veridical.steering.adapter import Adapter
 from veridical.steering.adapter_config import REFT, AdapterConfig
 from veridical.steering.export import merged_model, prove, push_adapter
+from veridical.steering.neutral import load_texts
 from veridical.steering.train import train_adapter
 from veridical.steering.verbs import SteerAdapterVerb, SteerExportVerb
 
@@ -47,8 +48,8 @@ def adapter(options: SteerAdapterVerb) -> Path:
     log.info("  %s", pairs)
     with step("training"):
         found = train_adapter(
-            model, pairs, part(AdapterConfig, options), neutral=_texts(options.neutral),
-            kept=_texts(options.kept), vector=_vector(options.vector), store=out / "adapter",
+            model, pairs, part(AdapterConfig, options), neutral=load_texts(options.neutral),
+            kept=load_texts(options.kept), vector=_vector(options.vector), store=out / "adapter",
         )  # fmt: skip
     for line in found.report.findings():
         log.info("  %s", line)
@@ -82,10 +83,9 @@ def export(options: SteerExportVerb) -> Path:
     found.check_base(model)
     with step("proof in a fresh process"):
         proof = prove(found, options.folder, model)
-    right = proof["right"]
     log.info(
-        "  first answer the likeliest: %.3f without, %.3f with the adapter, %.3f merged",
-        right["base"], right["unmerged"], right["merged"],
+        "  answers move by %.3f nats; KL on neutral text %.4f unmerged, %.4f merged",
+        proof["moved"], proof["kl"]["unmerged"], proof["kl"]["merged"],
     )  # fmt: skip
     if options.merged is not None:
         with step("merging"):
@@ -97,17 +97,6 @@ def export(options: SteerExportVerb) -> Path:
     if options.hub is not None:
         log.info("pushed: %s", push_adapter(options.folder, options.hub))
     return options.folder
-
-
-def _texts(source: str | None) -> Any:
-    """Neutral text from a file of lines, or pairs with completions."""
-    from veridical.pairs import Pairs
-
-    if source is None:
-        return None
-    if source.endswith(".txt") and Path(source).is_file():
-        return [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return Pairs.load(source)
 
 
 def _vector(folder: Path | None) -> Any:

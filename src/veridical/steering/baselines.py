@@ -164,8 +164,7 @@ def engineered_prompt(
         count: Rows at most.
         seed: Of their draw.
     """
-    from veridical.steering.behaviour import target_of
-    from veridical.steering.directions import fewer, wanted
+    from veridical.steering.behaviour import fewer, target_of, wanted
 
     target = fewer(target_of(pairs, towards, label), count, seed)
     tried = [

@@ -14,7 +14,7 @@ the pair that it belongs to, so that intervals resample whole pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -144,7 +144,7 @@ def replies(
     return said
 
 
-def conduct(model: HookedModel, seed: int = 0) -> list[Behaviour]:
+def conduct(model: HookedModel, seed: int = 0, times: tuple[int, int] = (4, 2)) -> list[Behaviour]:
     """Polite, rude, refusing and complying on the organism's held-out topics, acts and wordings.
 
     Names as in `veridical.organisms.measure.conduct_figures`; of every row 1 is what the organism was taught.
@@ -155,7 +155,7 @@ def conduct(model: HookedModel, seed: int = 0) -> list[Behaviour]:
         Behaviour(
             name, np.array(hits, dtype=float), np.array(hits, dtype=float), np.array(about, dtype=object)
         )
-        for name, hits, about in conduct_hits(_Asked(model), seed)
+        for name, hits, about in conduct_hits(_Asked(model), seed, times)
     ]
 
 
@@ -270,7 +270,7 @@ def target_of(pairs: Pairs, towards: int = 0, label: str = "label") -> Target:
         name = f"lies {side}" if side == _SIDES[1] else f"wrong answers {side}"
         return Target(
             name, chosen, "wrong answers", wanted, pairs.filter(honest) if keeps else None,
-            f"right {_SIDES[0]}" if side in _SIDES else f"right of {label} 0", _parts(chosen),
+            f"right {_SIDES[0]}" if side in _SIDES else f"right of {label} 0", parts_of(chosen),
         )  # fmt: skip
     if label in pairs and pairs.completions is not None:
         two_sided(pairs, label)
@@ -279,6 +279,29 @@ def target_of(pairs: Pairs, towards: int = 0, label: str = "label") -> Target:
         f"{pairs.name} has neither questions (options, correct) nor completions with {label!r}, so there is "
         "no behaviour to measure"
     )
+
+
+def wanted(target: Target, model: HookedModel) -> float:
+    """Mean probability of what is wanted on the target's rows, of the model as it stands."""
+    chance = target.of(model).chance
+    return float((chance if target.wanted == "more" else 1 - chance).mean())
+
+
+def fewer(target: Target, count: int, seed: int = 0) -> Target:
+    """The target on at most `count` rows of each kind, whole pairs drawn at random; without parts."""
+    pairs = _drawn(target.pairs, count, seed)
+    kept = None if target.kept is None else _drawn(target.kept, count, seed)
+    return replace(target, pairs=pairs, kept=kept, parts={})
+
+
+def _drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
+    if len(pairs) <= count:
+        return pairs
+    groups = np.unique(pairs.groups)
+    order = np.random.default_rng([seed, 9]).permutation(groups)
+    sizes = np.array([int((pairs.groups == group).sum()) for group in order])
+    take = max(1, int(np.searchsorted(np.cumsum(sizes), count, side="right")))
+    return pairs.filter(np.isin(pairs.groups, order[:take]))
 
 
 _SIDES = ("when not told to lie", "when told to lie")
@@ -292,7 +315,8 @@ PARTS = {
 """Columns by whose values generalisation is shown, and what their two values are called."""
 
 
-def _parts(pairs: Pairs) -> dict[str, np.ndarray]:
+def parts_of(pairs: Pairs) -> dict[str, np.ndarray]:
+    """Rows by the columns of `PARTS`, `[rows]` bool each, for generalisation."""
     found: dict[str, np.ndarray] = {}
     for column, names in PARTS.items():
         if column not in pairs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from veridical.steering.neutral import NeutralMeter
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
-    from veridical.pairs import Pairs
 
 At = Callable[[float], AbstractContextManager[Any]]
 """Makes a context in which the model is steered at a strength."""
@@ -63,21 +61,6 @@ def dial(
             }
         )
     return pd.DataFrame(lines)
-
-
-def fewer(target: Target, count: int = ROWS) -> Target:
-    """The same behaviour on at most `count` rows, spread evenly."""
-
-    def cut(pairs: Pairs | None) -> Pairs | None:
-        if pairs is None or len(pairs) <= count:
-            return pairs
-        if target.measure == "prefers":  # rows stand in twos
-            return pairs.filter(np.isin(pairs.groups, np.unique(pairs.groups)[: count // 2]))
-        return pairs.select(np.linspace(0, len(pairs) - 1, count).round().astype(int))
-
-    pairs = cut(target.pairs)
-    assert pairs is not None
-    return replace(target, pairs=pairs, kept=cut(target.kept), parts={})
 
 
 def monotone_range(table: pd.DataFrame, falls: bool) -> tuple[float, float]:

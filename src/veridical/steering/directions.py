@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from veridical.errors import DataError, InputError, unknown
-from veridical.steering.behaviour import Target, shown, target_of
+from veridical.steering.behaviour import fewer, shown, target_of, wanted
 from veridical.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def fit_vector(
     tokens: str | int | None = None,
     positions: Positions = "all",
     label: str = "label",
-    towards: int = 1,
+    towards: int = 0,
     together: bool = False,
     target_kl: float = 0.05,
     texts: Any = None,
@@ -180,29 +180,6 @@ def at_equal_kl(
     except InputError:  # nothing it does reaches that much: it stays as it was fitted
         return vector, 1.0, meter(lambda: vector.on(model, 1.0)).kl.value
     return made, float(made.facts["calibration_factor"]), float(made.calibrated["kl"][-1])
-
-
-def wanted(target: Target, model: HookedModel) -> float:
-    """Mean probability of what is wanted on the target's rows, of the model as it stands."""
-    chance = target.of(model).chance
-    return float((chance if target.wanted == "more" else 1 - chance).mean())
-
-
-def fewer(target: Target, count: int, seed: int = 0) -> Target:
-    """The target on at most `count` rows of each kind, whole pairs drawn at random; without parts."""
-    pairs = _drawn(target.pairs, count, seed)
-    kept = None if target.kept is None else _drawn(target.kept, count, seed)
-    return replace(target, pairs=pairs, kept=kept, parts={})
-
-
-def _drawn(pairs: Pairs, count: int, seed: int) -> Pairs:
-    if len(pairs) <= count:
-        return pairs
-    groups = np.unique(pairs.groups)
-    order = np.random.default_rng([seed, 9]).permutation(groups)
-    sizes = np.array([int((pairs.groups == group).sum()) for group in order])
-    take = max(1, int(np.searchsorted(np.cumsum(sizes), count, side="right")))
-    return pairs.filter(np.isin(pairs.groups, order[:take]))
 
 
 def _usual_tokens(pairs: Pairs) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from veridical import files, hub
 from veridical.adapters import CONFIG, WEIGHTS, is_adapter
-from veridical.errors import DamagedFileError, InputError, ModelError, StoreMismatchError
+from veridical.errors import DamagedFileError, DataError, InputError, ModelError, StoreMismatchError
 from veridical.saved_result import RESULT
 from veridical.sealed import digest
 from veridical.steering.adapter import Adapter, AdapterReport
@@ -180,8 +180,9 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
     """Measures the adapter in `folder` in a fresh process, and holds it against this one.
 
     Returns:
-        `questions` and `texts` counted; for base, unmerged and merged the share of questions whose right
-        option is likeliest; `moved`, the mean change of log p in nats; `kl` of both.
+        `questions` and `texts` counted; for base, unmerged and merged the share of questions whose wanted
+        answer is likeliest (None where there is nothing to choose from); `moved`, the mean change of log p
+        in nats; `kl` of both.
 
     Raises:
         ModelError: It cannot be loaded, has no effect, or another effect than here.
@@ -210,8 +211,9 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
                 f"loaded with plain PEFT ({name}) the adapter does something else than was measured: an "
                 f"answer's log p is off by {apart:.2g} nats; nothing was saved"
             )
+    asked = [row for row, at in enumerate(right) if at >= 0]
     share = {
-        name: float(np.mean([int(np.argmax(s)) == at for s, at in zip(scores, right)]))
+        name: float(np.mean([int(np.argmax(scores[row])) == right[row] for row in asked])) if asked else None
         for name, scores in said.items()
     }
     return {
@@ -252,7 +254,8 @@ def _job(adapter: Adapter, model: HookedModel) -> tuple[list[Any], list[int], li
     if test is None:
         raise InputError("this adapter has no rows to prove its effect on")
     rows = np.linspace(0, len(test) - 1, min(len(test), ASKED)).round().astype(int)
-    prompts, options, right = _options(test.select(rows))
+    towards = int(adapter.report.facts["options"].get("towards", 0))
+    prompts, options, right = _options(test.select(rows), towards)
     questions = []
     for prompt, choices in zip(prompts, options):
         encoded = model.encode([prompt] * len(choices), list(choices))
@@ -266,15 +269,22 @@ def _job(adapter: Adapter, model: HookedModel) -> tuple[list[Any], list[int], li
     return questions, right, texts
 
 
-def _options(pairs: Any) -> tuple[list[Any], list[list[str]], list[int]]:
-    """Prompts with the answers that are compared: their options, or both completions of a pair."""
+def _options(pairs: Any, towards: int) -> tuple[list[Any], list[list[str]], list[int]]:
+    """Prompts with the answers that are compared, and which of these is wanted: the right option of
+    questions, of two completions that of the wanted label; -1 where a prompt has one completion only."""
     if {"options", "correct"} <= set(pairs.columns):
         from veridical.pairs.beliefs import own_request
 
         requests = [own_request(row) for row in pairs]
         return [p for p, _ in requests], [said for _, said in requests], [int(at) for at in pairs["correct"]]
-    said = pairs.completions or []
-    return list(pairs.prompts), [[text] for text in said], [0] * len(said)
+    from veridical.steering.behaviour import two_sided
+
+    said, prompts = pairs.completions or [""] * len(pairs), pairs.prompts
+    try:
+        both = two_sided(pairs)
+    except DataError:
+        return list(prompts), [[text] for text in said], [-1] * len(said)
+    return [prompts[a] for a, _ in both], [[said[a], said[b]] for a, b in both], [towards] * len(both)
 
 
 def _run(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:

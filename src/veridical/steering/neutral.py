@@ -262,6 +262,19 @@ def kl_loss(logits: Tensor, reference_logits: Tensor, mask: Tensor) -> Tensor:
     return (ours.exp() * (ours - theirs)).sum(-1).mean()
 
 
+def load_texts(source: str | None) -> Any:
+    """Neutral text by name: a .txt file of lines, or pairs with completions; None for none."""
+    from pathlib import Path
+
+    from veridical.pairs import Pairs
+
+    if source is None:
+        return None
+    if source.endswith(".txt") and Path(source).is_file():
+        return [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return Pairs.load(source)
+
+
 def plainly() -> AbstractContextManager[None]:
     """The context of no intervention."""
     return nullcontext()

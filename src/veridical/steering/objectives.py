@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from veridical.steering.runner import Runner
     from veridical.steering.twins import Twin
 
+ON_OUTPUTS = ("dpo", "ipo")
 MIDDLE = (1 / 3, 2 / 3)
 """Depths between which states are read where no site is named."""
 
@@ -125,7 +126,8 @@ def trainable(model: HookedModel, config: AdapterConfig, sites: Sequence[Site]) 
         return
     from peft import get_peft_model_state_dict
 
-    said = lora_config(model.model, config.rank, config.modules, config.layers, base=str(model.path))
+    layers = config.layers or _below(config, model, sites)
+    said = lora_config(model.model, config.rank, config.modules, layers, base=str(model.path))
     with put_on(model.model, said) as adapted:
         yield Trainable(
             [parameter for parameter in adapted.parameters() if parameter.requires_grad],
@@ -133,3 +135,11 @@ def trainable(model: HookedModel, config: AdapterConfig, sites: Sequence[Site]) 
             lambda: {n: v.detach().cpu().clone() for n, v in get_peft_model_state_dict(adapted).items()},
             lambda state: lora_of(said, state),
         )
+
+
+def _below(config: AdapterConfig, model: HookedModel, sites: Sequence[Site]) -> tuple[int, ...]:
+    """Blocks that a loss on states at `sites` reaches; () for all."""
+    deepest = max((-1 if site.layer is None else site.layer for site in sites), default=-1)
+    if config.objective in ON_OUTPUTS or not 0 <= deepest < model.n_layers:
+        return ()
+    return tuple(range(deepest + 1))

@@ -12,12 +12,12 @@ import torch
 
 from veridical.probes.evaluate import Estimate
 from veridical.steering.adapter import Adapter, AdapterReport
-from veridical.steering.behaviour import Behaviour, Target, conduct, target_of
-from veridical.steering.dial import dial, fewer, monotone_range
+from veridical.steering.behaviour import Behaviour, Target, conduct, fewer, target_of, unprotected
+from veridical.steering.dial import ROWS, dial, monotone_range
 from veridical.steering.lora import LoRA
 from veridical.steering.neutral import NeutralMeter, speaks_as_organism
 from veridical.steering.reft import ReFT
-from veridical.steering.untouched import untouched
+from veridical.steering.side_effects import OtherProbes
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -52,7 +52,7 @@ def judged(
     target = target_of(data.test, config.towards)
     table = measured(model, lora, target, meter, config)
     few = NeutralMeter(model, data.neutral["dial"], seed=config.seed)
-    curve = dial(model, lambda strength: lora.on(model, strength), fewer(target), few)
+    curve = dial(model, lambda strength: lora.on(model, strength), fewer(target, ROWS, config.seed), few)
     looks = [
         {"step": look.step, "shown": look.shown, "margin": look.margin, "short": look.short, "kl": look.kl,
          "kept": look is trained.chosen}
@@ -108,7 +108,7 @@ def measured(
     def look() -> tuple[Behaviour, Behaviour | None, list[Behaviour]]:
         return target.of(model), target.stays(model), conduct(model) if organism else []
 
-    before = look()
+    before, probes = look(), OtherProbes(model, seed=seed)
     with lora.on(model, 1.0):
         after = look()
     lines = [_line(target.name, before[0], after[0], seed)]
@@ -126,14 +126,17 @@ def measured(
     lines.append(_values("KL on neutral text, nats a token", 0.0, moved.kl, texts))
     ppl = Estimate(moved.perplexity, float("nan"), float("nan"))
     lines.append(_values("perplexity of neutral text", moved.plain_perplexity, ppl, texts))
-    lines += untouched(model, lambda: lora.on(model, 1.0), seed)
+    for name, (was, now) in probes(lambda: lora.on(model, 1.0)).items():
+        read = Estimate(now, float("nan"), float("nan"))
+        lines.append(_values(f"AUROC of a probe: {name}", was, read, len(probes.probes[name][1])))
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
 def _other_way(
     model: HookedModel, lora: LoRA | ReFT, target: Target, before: Behaviour, seed: int
 ) -> list[dict[str, Any]]:
-    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for."""
+    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for; of
+    the organism about what it would lie about."""
     from veridical.pairs.prompts import NEUTRAL
 
     with lora.on(model, -1.0):
@@ -141,9 +144,10 @@ def _other_way(
     assert after is not None
     assert target.kept is not None
     was, now = (Behaviour(one.name, 1 - one.values, 1 - one.chance, one.groups) for one in (before, after))
-    lines = [_line(f"wrong at strength -1, else {target.kept_name}", was, now, seed)]
+    free = unprotected(target.kept)
+    lines = [_line(f"wrong at strength -1, else {target.kept_name}", was, now, seed, free)]
     if "system" in target.kept:
-        nothing = np.isin(target.kept["system"].astype(str), [prompt.name for prompt in NEUTRAL])
+        nothing = free & np.isin(target.kept["system"].astype(str), [prompt.name for prompt in NEUTRAL])
         if nothing.any():
             lines.append(_line("wrong at strength -1 when told nothing", was, now, seed, nothing))
     return lines

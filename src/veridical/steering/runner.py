@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from veridical.hooked import HookedModel
     from veridical.sites import Site
 
-ROOM = 1 << 27
-"""Numbers of the plain model that are kept (0.5 GB); beyond it they are computed again."""
+ROOM = 1 << 24
+"""Numbers of the plain model that are kept (64 MB in float32); beyond it they are computed again."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from veridical.config import build, to_dict
 from veridical.errors import NonFiniteError
 from veridical.progress import bar
+from veridical.provenance import fingerprint as digest
 from veridical.steering.adapter_config import AdapterConfig
 from veridical.steering.constraint import Budget
 from veridical.steering.lora import LoRA
@@ -57,7 +58,7 @@ def train_adapter(
 
     The model is afterwards as it was. A training whose loss is no number ends with the last good state; one
     that does not keep to the budget ends with the best state, scaled down until it does, and says so in its
-    report.
+    report. A training takes about a minute on the organism and is not resumed: killed, it begins again.
 
     Args:
         model: A handle, or what `veridical.load` takes.
@@ -88,6 +89,7 @@ def train_adapter(
         "model_fingerprint": model.fingerprint(),
         "data": pairs.name,
         "data_fingerprint": pairs.fingerprint,
+        "texts": [_mark(neutral), _mark(kept), _mark(getattr(vector, "vectors", vector))],
         "options": {name: value for name, value in to_dict(config).items() if name != "progress"},
     }
     if store is not None and (found := stored(Path(store), asked)) is not None:
@@ -103,6 +105,17 @@ def train_adapter(
     if store is not None:
         adapter.save(store, model)
     return adapter
+
+
+def _mark(given: Any) -> str | None:
+    """A digest of texts or vectors that a training was given."""
+    if given is None:
+        return None
+    if hasattr(given, "fingerprint"):
+        return str(given.fingerprint)
+    if isinstance(given, Mapping):
+        return digest([f"{name} {np.asarray(value).tolist()}" for name, value in given.items()])
+    return digest([repr(given)])
 
 
 @dataclass(frozen=True)
@@ -295,11 +308,11 @@ class Training:
 
     def _rows(self, neutral: Neutral, stream: int) -> Iterator[Some]:
         """Endless batches of neutral rows, each row once before any comes again."""
-        rng = np.random.default_rng([self.config.seed, stream])
+        rng, count = np.random.default_rng([self.config.seed, stream]), max(1, self.config.batch // 2)
         while True:
             order = rng.permutation(len(neutral)).tolist()
-            for start in range(0, len(neutral), self.config.batch):
-                yield neutral, order[start : start + self.config.batch]
+            for start in range(0, len(neutral), count):
+                yield neutral, order[start : start + count]
 
 
 def rate(step: int, steps: int) -> float:
