@@ -22,14 +22,26 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny():
     """The model of a family, made once; tests leave it as it is."""
-    made = {}
 
     def get(name):
-        if name not in made:
-            made[name] = make(name)
-        return made[name]
+        if name not in MADE:
+            MADE[name] = make(name)
+        return MADE[name]
 
     return get
+
+
+MADE = {}
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_are_left_without_hooks():
+    yield
+    if MADE:
+        from veridical.hooks import standing_hooks
+
+        left = {name: standing_hooks(module) for name, module in MADE.items()}
+        assert not any(left.values()), f"hooks left on models that all tests share: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import veridical as vd
 from lens_models import bridge, hooked_transformer
 from tiny_models import TINY, make
 from veridical.errors import InputError, ModelError, UnknownNameError
+from veridical.hooks import standing_hooks
+from veridical.interventions.condition import carries_hooks
 
 ROWS = [[5, 9, 17, 40, 77], [6, 61, 18, 44, 250]]
 
@@ -372,3 +374,18 @@ def test_other_lens_classes_are_refused():
     )
     with pytest.raises(ModelError, match="HookedEncoder is not supported"):
         vd.load(HookedEncoder(config))
+
+
+def test_what_transformers_leaves_after_hidden_states_is_no_hook_of_a_users(tokenizer):
+    """Asked once for hidden states, a model keeps recorders; they must not be taken for edits."""
+    module = make("llama")
+    with torch.no_grad():
+        module(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    recorders = [part for part in module.modules() if part._forward_hooks]
+    assert recorders
+    assert not standing_hooks(module)
+    handle = module.model.layers[1].register_forward_hook(lambda *_: None)
+    assert standing_hooks(module) == ["model.layers.1"]
+    assert carries_hooks(vd.load(module, tokenizer=tokenizer))
+    handle.remove()
+    assert not carries_hooks(vd.load(module, tokenizer=tokenizer))

@@ -14,6 +14,7 @@ import veridical as vd
 from tiny_models import CAUSAL, TINY, make
 from veridical import selftest, weights
 from veridical.errors import DataError, InputError, ModelError
+from veridical.hooks import standing_hooks
 from veridical.models import choose
 from veridical.sites import Site
 
@@ -172,7 +173,7 @@ def test_a_given_module_is_left_as_it_is(tokenizer):
     assert model.model is module
     assert torch.equal(torch.get_rng_state(), random)
     assert [part.training for part in module.modules()] == modes
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not standing_hooks(module)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
     for option in ({"device": "cpu"}, {"dtype": "float32"}, {"device_map": "auto"}):

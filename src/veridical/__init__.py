@@ -11,7 +11,7 @@ from veridical.lazy import lazy
 
 if TYPE_CHECKING:
     from veridical.activations import Activations, collect
-    from veridical.comparison import Comparison, compare, load_pair
+    from veridical.comparison import Comparison, compare, compare_many, load_pair
     from veridical.errors import VeridicalError
     from veridical.interventions import (
         ablate,
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from veridical.saes import SAEConfig, load_sae, sweep_saes, train_saes
     from veridical.saved_result import load_result
     from veridical.sites import Site
+    from veridical.steering import SteeringVector
+    from veridical.steering.train import train_adapter
 
 __version__ = "0.1.0"
 
@@ -51,6 +53,7 @@ __all__ = [
     "ProbeSweep",
     "SAEConfig",
     "Site",
+    "SteeringVector",
     "VeridicalError",
     "ablate",
     "attribute",
@@ -58,6 +61,7 @@ __all__ = [
     "check_beliefs",
     "collect",
     "compare",
+    "compare_many",
     "direct_logits",
     "find_circuit",
     "fit_probes",
@@ -72,6 +76,7 @@ __all__ = [
     "patch_paths",
     "report",
     "sweep_saes",
+    "train_adapter",
     "train_saes",
     "transfer_matrix",
     "tuned_lens",
@@ -81,6 +86,7 @@ __all__ = [
 _HOME = {
     "load_pair": "comparison",
     "compare": "comparison",
+    "compare_many": "comparison",
     "Comparison": "comparison",
     "Activations": "activations",
     "HookedModel": "models",
@@ -89,6 +95,7 @@ _HOME = {
     "ProbeSweep": "probes",
     "SAEConfig": "saes",
     "Site": "sites",
+    "SteeringVector": "steering",
     "VeridicalError": "errors",
     "ablate": "interventions",
     "attribute": "interventions",
@@ -108,6 +115,7 @@ _HOME = {
     "patch_paths": "interventions",
     "report": "reporting",
     "sweep_saes": "saes",
+    "train_adapter": "steering.train",
     "train_saes": "saes",
     "transfer_matrix": "probes",
     "tuned_lens": "interventions",

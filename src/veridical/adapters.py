@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veridical.errors import InputError, ModelError
+from veridical.errors import InputError, ModelError, unknown
 from veridical.files import read_json
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from torch import nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,6 +72,60 @@ def merged(base: nn.Module, folder: str | Path) -> nn.Module:
     for parameter in plain.parameters():
         parameter.requires_grad_(True)
     return plain
+
+
+def lora_config(
+    model: nn.Module,
+    rank: int,
+    modules: Sequence[str] = (),
+    layers: Sequence[int] = (),
+    *,
+    base: str | None = None,
+    task_type: str = "CAUSAL_LM",
+    **own: Any,
+) -> LoraConfig:
+    """PEFT's config of a LoRA of `rank` with scaling 2.
+
+    Args:
+        model: Who gets it.
+        rank: Of every pair of matrices.
+        modules: Linear layers by the last part of their name; all but the unembedding if none is given.
+        layers: Blocks, counted from 0; all if none is given.
+        base: What the base is called.
+        task_type: As PEFT names it.
+        **own: Further options of PEFT's.
+
+    Raises:
+        UnknownNameError: Modules that the model does not have; gives the nearest.
+        InputError: Blocks that it does not have.
+    """
+    import torch
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {
+        name.rsplit(".", 1)[-1]: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and "." in name
+    }
+    for name in modules:
+        if name not in linear:
+            raise unknown("module for LoRA", name, sorted(linear))
+    depth = int(getattr(model.config, "num_hidden_layers", 0))  # type: ignore[arg-type]
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise InputError(f"layers of the LoRA has {layer}; the model's blocks are 0 to {depth - 1}")
+    chosen = list(modules or sorted(linear))
+    return LoraConfig(
+        base_model_name_or_path=base,
+        task_type=task_type,
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=chosen,
+        layers_to_transform=list(layers) or None,
+        fan_in_fan_out=all(linear[name] for name in chosen),
+        **own,
+    )
 
 
 def _line(error: Exception) -> str:

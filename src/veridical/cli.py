@@ -11,11 +11,13 @@ import dataclasses
 import io
 import re
 import sys
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 from veridical.config import build, load_recipe
 from veridical.errors import ConfigError, VeridicalError, unknown
+from veridical.verbs import VERBS
 
 STOPPED = "stopped; what is complete is kept: run the same command again to resume"
 
@@ -43,7 +45,7 @@ def _main(words: list[str]) -> int:
 
         sys.stdout.write(f"veridical {__version__}\n")
         return 0
-    if words[0] in ("sae", "prefer") and words[1:] in (["-h"], ["--help"]):
+    if words[1:] in (["-h"], ["--help"]) and words[0] not in VERBS and _jobs(words[0]):
         sys.stdout.write(_overview(f"{words[0]} "))
         return 0
     verb, words = _take_verb(words)
@@ -61,13 +63,11 @@ def _main(words: list[str]) -> int:
 
 def _take_verb(words: list[str]) -> tuple[str, list[str]]:
     """The verb, of one word or two, and the words after it; `probe fit` is `probe`."""
-    from veridical.verbs import VERBS
-
     if words[:2] == ["probe", "fit"]:
         return "probe", words[2:]
     if " ".join(words[:2]) in VERBS:
         return " ".join(words[:2]), words[2:]
-    parts = [verb.removeprefix(f"{words[0]} ") for verb in VERBS if verb.startswith(f"{words[0]} ")]
+    parts = _jobs(words[0])
     if words[0] not in VERBS and not parts:
         raise unknown("verb", words[0], VERBS, "See veridical --help")
     if parts and len(words) > 1 and not words[1].startswith("-"):
@@ -78,6 +78,11 @@ def _take_verb(words: list[str]) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
+def _jobs(verb: str) -> list[str]:
+    """The jobs of a verb that has several."""
+    return [each.removeprefix(f"{verb} ") for each in VERBS if each.startswith(f"{verb} ")]
+
+
 def parse(verb: str, words: Sequence[str]) -> Any:
     """The verb's options from its flags and recipe; None when its help was asked for and shown.
 
@@ -85,8 +90,6 @@ def parse(verb: str, words: Sequence[str]) -> Any:
         UnknownNameError: A flag, or a key of the recipe, that the verb doesn't have.
         ConfigError: A value that doesn't fit.
     """
-    from veridical.verbs import VERBS
-
     cls = VERBS[verb]
     words, recipe = _take_recipe(list(words))
     names = [field.name for field in dataclasses.fields(cls)]
@@ -124,10 +127,22 @@ def _parse_flags(verb: str, cls: type, start: Any, words: list[str]) -> Any:
             return None
         raise ConfigError(f"{_complaint(said.getvalue())}; see veridical {verb} --help") from None
     if left:
-        flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(cls)]
+        flags = [f"--{name.replace('_', '-')}" for name in _shown(cls)]
         kind = "flag" if left[0].startswith("-") else "argument"
         raise unknown(f"{kind} of veridical {verb}:", left[0].split("=")[0], [*flags, "--config", "--help"])
     return build(cls, options)
+
+
+def _shown(cls: type) -> list[str]:
+    """The fields that are flags; those that a verb inherits and does not read are hidden."""
+    import tyro
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return [
+        field.name
+        for field in dataclasses.fields(cls)
+        if tyro.conf.Suppress not in getattr(hints[field.name], "__metadata__", ())
+    ]
 
 
 def _take_recipe(words: list[str]) -> tuple[list[str], str | None]:
@@ -188,20 +203,18 @@ def _complaint(box: str) -> str:
 
 def _overview(of: str = "") -> str:
     """The verbs with their examples; with `of`, those that begin so."""
-    from veridical.verbs import VERBS
-
     lines = [
         f"usage: veridical {of}{'JOB' if of else 'VERB'} [options]",
         "",
         "Asks a language model what it represents and whether it says what it believes.",
         "",
     ]
-    for name, cls in VERBS.items():
-        if not name.startswith(of):
-            continue
+    shown = {name: cls for name, cls in VERBS.items() if name.startswith(of)}
+    width = max(map(len, shown)) + 2
+    for name, cls in shown.items():
         doc = (cls.__doc__ or "").strip().splitlines()
         example = next((line.strip() for line in doc if line.strip().startswith("Example: ")), "")
-        lines += [f"  {name:16}{doc[0]}", f"                  {example.removeprefix('Example: ')}"]
+        lines += [f"  {name:{width}}{doc[0]}", f"  {'':{width}}{example.removeprefix('Example: ')}"]
     lines += [
         "",
         "Every verb takes --config recipe.yaml (flags win) and has its own --help. veridical --version",

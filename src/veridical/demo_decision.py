@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from veridical.running import save_below
 if TYPE_CHECKING:
     import pandas as pd
 
+    from veridical.interventions.material import Material
     from veridical.interventions.patched import Patched
     from veridical.models import HookedModel
     from veridical.pairs import Pairs
@@ -46,21 +45,6 @@ Attribution patching, which estimates all of the map from two forward passes and
 with the exact effects at"""
 
 
-@dataclass(frozen=True)
-class _Questions:
-    """Questions asked under both prompts, all of one token count."""
-
-    clean: list[Any]
-    corrupt: list[Any]
-    right: list[str]
-    wrong: list[str]
-    pair: np.ndarray
-
-    @property
-    def given(self) -> dict[str, Any]:
-        return {"metric": "logit_diff", "answers": self.right, "wrong": self.wrong}
-
-
 def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | None) -> dict[str, Any]:
     """Saves the sections into `out` and returns their figures; nothing where the pairs lack what it asks.
 
@@ -81,7 +65,7 @@ def decision_into(out: Path, model: HookedModel, pairs: Pairs, progress: bool | 
     looked = _questions(model, pairs.filter(train), LOOKED)
     tested = _questions(model, pairs.filter(~train), TESTED)
     with step("where it decides to lie: every vector of the stream, one at a time"):
-        options: dict[str, Any] = {"progress": progress, **looked.given}
+        options: dict[str, Any] = {"progress": progress, **_given(looked)}
         stream = patch(model, looked.clean, looked.corrupt, sites="resid_pre.*", **options)
         estimate = attribute(
             model, looked.clean, looked.corrupt, method="atp", sites="resid_pre.*", **options
@@ -121,26 +105,18 @@ def _save(result: Patched, folder: Path, title: str, text: str) -> None:
     dataclasses.replace(section, title=title, text=said, headline=()).save(folder)
 
 
-def _questions(model: HookedModel, pairs: Pairs, most: int) -> _Questions:
+def _questions(model: HookedModel, pairs: Pairs, most: int) -> Material:
     """Questions with options about facts that were taught and are not protected, of the commonest length."""
-    from veridical.pairs.prompts import ask, chat
+    from veridical.interventions.material import asked_twice, evenly_long
 
-    kept = pairs.filter(form="choice", taught=True, protected=False).to_pandas()
-    kept = kept.drop_duplicates("question_id")
-    users = [ask(q, list(o), "choice") for q, o in zip(kept["question"], kept["options"])]
-    clean, corrupt = ([chat(system, user) for user in users] for system in (HONEST, LYING))
-    lengths = [len(row.ids) for row in model.encode(clean)]
-    usual = Counter(lengths).most_common(1)[0][0]
-    rows = [row for row, length in enumerate(lengths) if length == usual][:most]
-    picked = kept.iloc[rows]
-    options = list(zip(picked["options"], picked["correct"].astype(int)))
-    return _Questions(
-        [clean[row] for row in rows],
-        [corrupt[row] for row in rows],
-        [each[at] for each, at in options],
-        [each[1 - at] for each, at in options],
-        picked["pair"].to_numpy(),
-    )
+    kept = pairs.filter(form="choice", taught=True, protected=False)
+    firsts = ~kept.to_pandas()["question_id"].duplicated().to_numpy()
+    rows = asked_twice(kept.select(np.flatnonzero(firsts)), HONEST, LYING)
+    return evenly_long(model, rows, most, aligned=False)
+
+
+def _given(rows: Material) -> dict[str, Any]:
+    return {"metric": "logit_diff", "answers": rows.answers, "wrong": rows.wrong}
 
 
 def _place(stream: Patched) -> tuple[str, int]:
@@ -160,7 +136,7 @@ def _place(stream: Patched) -> tuple[str, int]:
 
 
 def _checked(
-    model: HookedModel, tested: _Questions, site: str, position: int, progress: bool | None
+    model: HookedModel, tested: Material, site: str, position: int, progress: bool | None
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Share of held-out questions answered rightly: with and without the vector, and at random tokens."""
     import pandas as pd
@@ -173,7 +149,7 @@ def _checked(
     drawn = sorted(np.random.default_rng(0).choice(others, size=RANDOM, replace=False).tolist())
     found = patch(
         model, tested.clean, tested.corrupt, sites=site, positions=[position, *drawn], progress=progress,
-        **tested.given,
+        **_given(tested),
     )  # fmt: skip
     lines = {
         "honest prompt": found.source_values > 0,
@@ -183,7 +159,7 @@ def _checked(
     }
     rows = []
     for name, right in lines.items():
-        resampled = [np.asarray(right, float)[index].mean() for index in bootstrap(tested.pair, 500)]
+        resampled = [np.asarray(right, float)[index].mean() for index in bootstrap(tested.groups, 500)]
         low, high = np.quantile(resampled, [0.025, 0.975])
         rows.append({"run": name, "right": float(np.mean(right)), "low": low, "high": high})
     table = pd.DataFrame(rows).round(3)

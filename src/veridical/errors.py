@@ -38,6 +38,10 @@ class NonFiniteError(VeridicalError, ArithmeticError):
     """NaN or infinity where numbers were expected; the message says where they arose."""
 
 
+class BudgetError(VeridicalError, RuntimeError):
+    """A budget that could not be kept to; what it allows was saved, and the message says where."""
+
+
 class StoreError(VeridicalError, RuntimeError):
     """An activation store that cannot be used."""
 

@@ -41,6 +41,10 @@ class HookedModel:
         forward_parameters: Names of the arguments of the model's forward.
         n_layers, d_model, n_heads, n_kv_heads, d_head, context_length: Dimensions; 0 where the config does
             not tell.
+        rewrite: What every prompt goes through before it is tokenised, where an intervention is a prompt;
+            None otherwise.
+        prompt_tokens: While prompts and answers are read in one pass, how many tokens each row's prompt has,
+            for interventions that act on one of them only; None otherwise.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class HookedModel:
         self.forward_parameters = forward_parameters or frozenset(
             inspect.signature(inner(model).forward).parameters
         )
+        self.rewrite: Callable[[Prompt], Prompt] | None = None
+        self.prompt_tokens: Sequence[int] | None = None
         self._custom_call = call
         self._probed: dict[str, tuple[int, ...]] = {}
 
@@ -198,6 +204,15 @@ class HookedModel:
         with attached(self._reads(read), self._writes(write or {})) as run:
             yield run
 
+    @contextmanager
+    def reading(self, prompt_tokens: Sequence[int]) -> Iterator[None]:
+        """Says of the passes within how many tokens each row's prompt has; see `prompt_tokens`."""
+        before, self.prompt_tokens = self.prompt_tokens, prompt_tokens
+        try:
+            yield
+        finally:
+            self.prompt_tokens = before
+
     # Text
 
     def encode(
@@ -221,6 +236,8 @@ class HookedModel:
         """
         if self.tokenizer is None:
             raise DataError(f"{self.path} has no tokenizer; load it with tokenizer=..., or pass tokens")
+        if self.rewrite is not None and not isinstance(prompts, str):
+            prompts = [self.rewrite(prompt) for prompt in prompts]
         limit = max_length if max_length is not None else self.context_length or None
         drop_end = self.kind == "causal"
         return tokens.encode(

@@ -22,6 +22,22 @@ from veridical.sites import Site
 Tap = Callable[[Tensor], Tensor | None]
 """Sees a site's value; returns a new value, or None to leave it."""
 
+RECORDER = "transformers.utils.output_capturing"
+"""Where the hooks come from that transformers leaves on a model once `output_hidden_states` was asked for.
+
+They note what a block returns while it is asked for again, and do nothing otherwise.
+"""
+
+
+def standing_hooks(root: nn.Module) -> list[str]:
+    """Names of the modules below `root` that have forward hooks, other than transformers' own recorders."""
+    return [
+        name
+        for name, part in root.named_modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if getattr(hook, "__module__", None) != RECORDER
+    ]
+
 
 class View(Protocol):
     """How a site's value lies within the tensor that a module takes or gives."""

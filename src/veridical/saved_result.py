@@ -31,13 +31,18 @@ if TYPE_CHECKING:
 
 RESULT, ARRAYS = "result.json", "arrays.safetensors"
 KINDS = {
+    "AdapterReport": "steering.adapter",
+    "Agreement": "preference.agreement",
     "Attribution": "interventions.attribution",
     "Calibration": "probes.calibration",
     "CausalCheck": "probes.causal_result",
     "Circuit": "interventions.circuit_result",
     "Comparison": "comparison.comparison",
+    "ConstitutionalData": "preference.revised",
     "DirectLogits": "interventions.direct",
+    "Distilled": "preference.distilled",
     "ErasureCheck": "probes.erasure_check",
+    "Evaluation": "steering.evaluation",
     "HonestyReport": "probes.honesty_report",
     "Frontier": "preference.frontier",
     "HackingCheck": "preference.hacking",
@@ -47,7 +52,9 @@ KINDS = {
     "ModelTransfer": "probes.model_transfer",
     "Patched": "interventions.patched",
     "PatchedPaths": "interventions.patched_paths",
+    "Policies": "comparison.policies",
     "PreferenceRun": "preference.runs",
+    "Proposal": "steering.proposal",
     "TransferMatrix": "probes.transfer",
     "TunedLens": "interventions.tuned_result",
 }

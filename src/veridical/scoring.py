@@ -168,7 +168,10 @@ def score(model: HookedModel, planned: Plan, batch: list[int], sums: np.ndarray)
         sums: `[options]`, filled where an option is read off one of these rows.
     """
     rows = [planned.rows[row] for row in batch]
-    read_off(planned, batch, last_logits(model, rows, positions(planned, batch)), sums)
+    ends = [min(planned.scored[index].first for index in planned.needed[row]) + 1 for row in batch]
+    with model.reading(ends):
+        logits = last_logits(model, rows, positions(planned, batch))
+    read_off(planned, batch, logits, sums)
 
 
 def positions(planned: Plan, batch: list[int]) -> int:

@@ -18,6 +18,7 @@ from veridical.inputs import Folders, Inputs, OutFolder
 from veridical.interventions.verbs import PatchVerb
 from veridical.preference.verbs import VERBS as PREFER
 from veridical.saes.verbs import SAEEvalVerb, SAEFeaturesVerb, SAESweepVerb, SAETrainVerb
+from veridical.steering.verbs import VERBS as STEER
 
 DemoFolder = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
 
@@ -210,6 +211,7 @@ VERBS: dict[str, type] = {
     "patch": PatchVerb,
     **PREFER,
     "compare": CompareVerb,
+    **STEER,
     "report": ReportVerb,
     "ls": LsVerb,
 }

@@ -75,12 +75,26 @@ def _adapters(model: nn.Module) -> list[str]:
     return sorted(active)
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """A weight as numbers: of a quantised one (torchao's tensors) those that it stands for."""
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter and hasattr(kind, "__tensor_flatten__"):
+        return tensor.dequantize()
+    return tensor
+
+
 def _content(tensor: Tensor) -> bytes:
     if tensor.device.type == "meta":
         return b"meta"
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    raw = plain(tensor).contiguous().reshape(-1).view(torch.uint8)
     size = raw.numel()
-    if size > WHOLE_BYTES:
-        starts = torch.linspace(0, size - STRETCH_BYTES, STRETCHES, dtype=torch.float64).long()
-        raw = torch.cat([raw[start : start + STRETCH_BYTES] for start in starts.tolist()])
-    return xxhash.xxh3_128_digest(raw.cpu().numpy().tobytes())
+    if size <= WHOLE_BYTES:
+        return xxhash.xxh3_128_digest(raw.cpu().numpy().data)
+    starts = torch.linspace(0, size - STRETCH_BYTES, STRETCHES, dtype=torch.float64).long().tolist()
+    if raw.device.type != "cpu":
+        gathered = torch.cat([raw[start : start + STRETCH_BYTES] for start in starts])
+        return xxhash.xxh3_128_digest(gathered.cpu().numpy().data)
+    digest, held = xxhash.xxh3_128(), raw.numpy().data
+    for start in starts:
+        digest.update(held[start : start + STRETCH_BYTES])
+    return digest.digest()

@@ -6,6 +6,7 @@ import torch
 
 import veridical as vd
 from veridical.errors import DataError, InputError, UnknownNameError
+from veridical.hooks import standing_hooks
 
 TEXTS = ["the capital of France", "a", "tell the truth or tell a lie; answer yes or no", "gold"]
 CHATS = [
@@ -91,7 +92,7 @@ def test_the_model_is_as_before(tiny, hooked):
         vd.collect(model, TEXTS, sites="resid_post.*,z.1")
         assert module.training
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-        assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+        assert not standing_hooks(module)
         assert all(parameter.requires_grad for parameter in module.parameters())
     finally:
         module.eval()
@@ -109,7 +110,7 @@ def test_hooks_are_gone_after_an_error_in_the_middle(tiny, hooked, tmp_path):
     finally:
         with torch.no_grad():
             weight.copy_(kept)
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not standing_hooks(module)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

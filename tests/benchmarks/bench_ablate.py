@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,14 +28,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
+from shared import options_of, show, told
 
 import veridical as vd
 from veridical.interventions import ablate, mean_activations
 from veridical.interventions.ablation_hooks import Edit
 from veridical.probes.passes import Passes
-from veridical.provenance import versions
 
-RESULTS = Path(__file__).parent / "results"
 ALLOWED = 0.05
 SITE, HEADS = "resid_post.6", "z.6"
 
@@ -53,32 +49,15 @@ def main() -> None:
     module = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(device)
     model = vd.load(module, check=False)
     lines = [line for batch in (1, 8) for line in measure(model, batch, options)]
-    result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
-        "threads": options.threads,
-        "turns": options.turns,
-        "prompt": options.prompt,
-        "new_tokens": options.new,
-        "lines": lines,
-        "versions": versions(),
-    }
-    print(table(result))
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "ablate.md").write_text(table(result))
-        (RESULTS / "ablate.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = told(options, lines, prompt=options.prompt, new_tokens=options.new)
+    show("ablate", result, table(result), options.write)
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--turns", type=int, default=7)
+    parser = options_of(__doc__, turns=7)
     parser.add_argument("--new", type=int, default=8, help="tokens that are generated")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 

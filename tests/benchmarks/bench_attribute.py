@@ -6,7 +6,8 @@
 A GPT-2 with random weights, one clean and one corrupt prompt that differ in one token, and the logit
 difference. TransformerLens 4 cannot be installed beside sae-lens, so it runs in a process of its own, with
 its folder (`pip install --target FOLDER --no-deps 'transformer-lens>=4'`) first in the path; ours runs in
-this one, before and after it, and the medians of all turns are compared. Loading is left out on both sides;
+this one. They take turns: ours several times, theirs once; the ratio of a turn is theirs over the median of
+ours, and the ratio of a case the median of its turns. Loading and a first call are left out on both sides;
 what `attribute` does beyond (the check that parts add up, fingerprints of model and data) counts in. Both
 score every edge at every position; the time of ours summed over positions stands beside. That the scores
 agree is measured too.
@@ -15,14 +16,15 @@ agree is measured too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,58 +33,43 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
+from shared import lines_of, options_of, show, told
 
 import veridical as vd
 from veridical.interventions import attribute
 from veridical.interventions.attribution import Attribution
 from veridical.interventions.edges import sizes
-from veridical.provenance import versions
 
-RESULTS = Path(__file__).parent / "results"
 PEER = Path(__file__).parent / "edges_peer.py"
-CASES = ((96, 16), (768, 16), (768, 64))
-"""Width and positions."""
+CASES = tuple({"width": width, "positions": count} for width, count in ((96, 16), (768, 16), (768, 64)))
 WANTED = 20
+OURS = 3
+"""Runs of ours in one turn."""
 
 
 def main() -> None:
-    """Runs every case and prints or writes the table."""
+    """Runs the cases and prints or writes the table."""
     options = read_options()
     torch.set_num_threads(options.threads)
-    lines = [measure(width, positions, options) for width, positions in CASES[: options.cases]]
+    lines = lines_of("attribute", CASES, options.only, lambda case: measure(case, options))
     stored, here = sizes(128, layers=32, heads=32, kv_heads=32, d_model=4096, d_head=128)
-    result = {
-        "device": platform.processor() or "cpu",
-        "threads": options.threads,
-        "turns": options.turns,
-        "lines": lines,
-        "memory": {"stored_gb": stored * 4 / 1e9, "here_gb": here * 4 / 1e9, "share": here / stored},
-        "peer": peer_version(options.peer),
-        "versions": versions(),
-    }
-    print(table(result))
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "attribute.md").write_text(table(result))
-        (RESULTS / "attribute.json").write_text(json.dumps(result, indent=2) + "\n")
+    memory = {"stored_gb": stored * 4 / 1e9, "here_gb": here * 4 / 1e9, "share": here / stored}
+    result = told(options, lines, memory=memory, peer=peer_version(options.peer))
+    show("attribute", result, table(result), options.write)
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, turns=3, threads=2)
     parser.add_argument("--peer", type=Path, required=True, help="folder that holds transformer_lens 4")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="only the first so many")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of cases; the others' lines stay")
     return parser.parse_args()
 
 
-def measure(width: int, positions: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(case: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of both, and how far their scores are apart, for one case."""
     torch.manual_seed(0)
+    width, positions = case["width"], case["positions"]
     config = transformers.GPT2Config(n_embd=width, n_layer=12, n_head=12)
     module = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
@@ -97,7 +84,6 @@ def measure(width: int, positions: int, options: argparse.Namespace) -> dict[str
         "corrupt": corrupt[0].tolist(),
         "answer": 3,
         "wrong": 4,
-        "turns": options.turns,
         "threads": options.threads,
     }
     model = vd.load(module, check=False)
@@ -107,24 +93,24 @@ def measure(width: int, positions: int, options: argparse.Namespace) -> dict[str
             model, clean, corrupt, metric="logit_diff", answers=3, wrong=4, method="edges", **more
         )
 
-    apart = run(by_position=True)
-    ours = timed(lambda: run(by_position=True), options.turns)
-    summed = timed(run, options.turns)
-    with tempfile.TemporaryDirectory() as name:
-        theirs, difference = ask_peer(Path(name), module, job, options, apart)
-    ours += timed(lambda: run(by_position=True), options.turns)
-    summed += timed(run, options.turns)
-    mine = statistics.median(ours)
+    apart, _ = run(by_position=True), run()
+    ours, theirs, summed = [], [], []
+    with tempfile.TemporaryDirectory() as name, peer_of(Path(name), module, job, options) as ask:
+        difference = distance(Path(name), apart)
+        for _ in range(options.turns):
+            ours.append(statistics.median(timed(lambda: run(by_position=True), OURS)))
+            theirs.append(ask())
+            summed += timed(run, 1)
+    ratios = [their / our for our, their in zip(ours, theirs)]
     return {
-        "width": width,
-        "positions": positions,
+        **case,
         "edges": int(np.isfinite(apart.edge_scores[0, 0]).sum()) if apart.edge_scores is not None else 0,
-        "ours_s": round(mine, 3),
+        "ours_s": round(statistics.median(ours), 3),
         "summed_s": round(statistics.median(summed), 3),
         "theirs_s": round(statistics.median(theirs), 3),
-        "ratio": round(statistics.median(theirs) / mine, 1),
-        "low": round(min(theirs) / max(ours), 1),
-        "high": round(max(theirs) / min(ours), 1),
+        "ratio": round(statistics.median(ratios), 1),
+        "low": round(min(ratios), 1),
+        "high": round(max(ratios), 1),
         "largest_difference": difference,
     }
 
@@ -139,22 +125,45 @@ def timed(act: Any, turns: int) -> list[float]:
     return seconds
 
 
-def ask_peer(
-    folder: Path,
-    module: transformers.GPT2LMHeadModel,
-    job: dict[str, Any],
-    options: argparse.Namespace,
-    ours: Attribution,
-) -> tuple[list[float], float]:
-    """Seconds of TransformerLens, and the largest difference of a score, relative to the largest score."""
+@contextlib.contextmanager
+def peer_of(
+    folder: Path, module: transformers.GPT2LMHeadModel, job: dict[str, Any], options: argparse.Namespace
+) -> Iterator[Callable[[], float]]:
+    """TransformerLens in its own process, which has written its scores; each call times one run of it."""
     module.save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
     (folder / "job.json").write_text(json.dumps(job))
     path = os.pathsep.join([str(options.peer.resolve()), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, str(PEER), str(folder)], check=True, env={**os.environ, "PYTHONPATH": path}
-    )
-    seconds = json.loads((folder / "result.json").read_text())["seconds"]
+    with subprocess.Popen(
+        [sys.executable, str(PEER), str(folder)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said, told = process.stdin, process.stdout
+        assert said is not None
+        assert told is not None
+
+        def answer(wanted: Callable[[str], bool]) -> str:
+            for line in told:
+                if wanted(line.strip()):
+                    return line.strip()
+            raise SystemExit("TransformerLens ended early")
+
+        answer(lambda line: line == "ready")
+
+        def ask() -> float:
+            said.write("\n")
+            said.flush()
+            return float(answer(lambda line: line.replace(".", "").replace("e-", "").isdigit()))
+
+        yield ask
+        said.close()
+
+
+def distance(folder: Path, ours: Attribution) -> float:
+    """The largest difference of a score, relative to the largest score."""
     edges, scores = json.loads((folder / "edges.json").read_text()), np.load(folder / "scores.npy")
     assert ours.edge_scores is not None
     senders = {name: at for at, name in enumerate(ours.senders)}
@@ -162,7 +171,7 @@ def ask_peer(
     index = np.array([(line[6], senders[sender(line)], receivers[receiver(line)]) for line in edges]).T
     found = ours.edge_scores[0][tuple(index)]
     assert len(edges) == int(np.isfinite(ours.edge_scores).sum())
-    return seconds, float(np.abs(found - scores).max() / np.abs(scores).max())
+    return float(np.abs(found - scores).max() / np.abs(scores).max())
 
 
 def sender(line: list[Any]) -> str:
@@ -208,10 +217,10 @@ def table(result: dict[str, Any]) -> str:
     ]
     memory = result["memory"]
     said = (
-        f"GPT-2 shape, 12 layers of 12 heads, one pair of prompts; median of {2 * result['turns']} turns "
-        f"here and of {result['turns']} of TransformerLens {result['peer']}, {result['threads']} thread(s), "
-        f"on {result['device']}. The difference is relative to the largest score.\n\nMemory by the formula "
-        "of `veridical.interventions.edges`, at 32 layers of 32 heads, width 4096, 128 tokens: "
+        f"GPT-2 shape, 12 layers of 12 heads, one pair of prompts; {result['turns']} turns, {OURS} runs here "
+        f"for one of TransformerLens {result['peer']}, {result['threads']} threads, on {result['device']}. "
+        "The difference is relative to the largest score.\n\nMemory by the formula of"
+        "  `veridical.interventions.edges`, at 32 layers of 32 heads, width 4096, 128 tokens: "
         f"{memory['here_gb']:.2f} GB of {memory['stored_gb']:.2f} GB for senders and receivers "
         f"({memory['share']:.1%}).\n\n"
         "Command: `python tests/benchmarks/bench_attribute.py --peer FOLDER --write`"

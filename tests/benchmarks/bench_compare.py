@@ -35,7 +35,7 @@ import torch
 import transformers
 
 import veridical as vd
-from veridical.comparison.compare import one_pass
+from veridical.comparison.compare import Asked, one_pass
 from veridical.comparison.config import CompareConfig
 from veridical.comparison.duo import Duo, pair_of
 from veridical.comparison.resampling import Resampling
@@ -106,7 +106,8 @@ def material(texts: int) -> tuple[Duo, Rows]:
 
 def ours(duo: Duo, rows: Rows) -> dict[str, Any]:
     """Everything that the one pass gives."""
-    return one_pass(duo, rows, CONFIG, Resampling(CONFIG.bootstrap))
+    data = torch.tensor([row.policy for row in rows.rows])
+    return one_pass(Asked(duo, data, rows, (), (), CONFIG, Resampling(CONFIG.bootstrap)))
 
 
 def bare(duo: Duo, rows: Rows) -> None:

@@ -12,12 +12,9 @@ counts in; the check that probe and model belong together, once per context, is 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,14 +22,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
+from shared import options_of, show, told
 
 import veridical as vd
 from veridical.probes import LogisticProbe
 from veridical.probes.monitored import Scores
 from veridical.probes.origin import Origin
-from veridical.provenance import versions
 
-RESULTS = Path(__file__).parent / "results"
 SIZE = {
     "hidden_size": 512,
     "intermediate_size": 1376,
@@ -57,32 +53,15 @@ def main() -> None:
     probe = LogisticProbe().adopt(np.array([0, 1]), np.random.default_rng(0).normal(size=512), np.zeros(1), 1)
     probe.origin_ = Origin(site="blocks.4.hook_resid_post", model_fingerprint=model.fingerprint())
     lines = [measure(model, probe, batch, options) for batch in (8, 1)]
-    result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
-        "threads": options.threads,
-        "turns": options.turns,
-        "prompt": options.prompt,
-        "new_tokens": options.new,
-        "lines": lines,
-        "versions": versions(),
-    }
-    print(table(result))
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "monitor.md").write_text(table(result))
-        (RESULTS / "monitor.json").write_text(json.dumps(result, indent=2) + "\n")
+    result = told(options, lines, prompt=options.prompt, new_tokens=options.new)
+    show("monitor", result, table(result), options.write)
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--turns", type=int, default=15)
+    parser = options_of(__doc__, turns=15)
     parser.add_argument("--new", type=int, default=64, help="tokens that are generated")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,12 +27,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pandas as pd
 import torch
 import transformers
+from shared import lines_of, options_of, show, told
 
 import veridical as vd
 from veridical.interventions import patch
-from veridical.provenance import versions
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, VOCABULARY = 12, 50257
 CASES: list[dict[str, Any]] = [
     {"sites": "resid_pre.*", "width": 96, "positions": 16, "asked": 15, "every": 1, "turns": 3},
@@ -54,44 +50,18 @@ def main() -> None:
     if options.cost:
         print(cost())
         return
-    file = RESULTS / "patch.json"
-    kept = json.loads(file.read_text())["lines"] if options.only and file.is_file() else []
-    lines = [
-        measure(case, options) if not options.only or number in options.only else _kept(case, kept)
-        for number, case in enumerate(CASES)
-    ]
-    lines = [line for line in lines if line]
-    result = {
-        "device": platform.processor() or "cpu",
-        "threads": options.threads,
-        "lines": lines,
-        "versions": versions(),
-    }
-    print(table(result))
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "patch.md").write_text(table(result))
-        (RESULTS / "patch.json").write_text(json.dumps(result, indent=2) + "\n")
+    lines = lines_of("patch", CASES, options.only, lambda case: measure(case, options))
+    result = told(options, lines)
+    show("patch", result, table(result), options.write)
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--write", action="store_true")
+    parser = options_of(__doc__, turns=None, threads=2)
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--ours", action="store_true", help="time ours only")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases; the others' lines stay")
-    parser.add_argument("--turns", type=int, help="turns of every case")
-    parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
-
-
-def _kept(case: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The line of a case that an earlier call measured."""
-    own = ("sites", "width", "positions")
-    return next((line for line in lines if all(line[name] == case[name] for name in own)), None)
 
 
 def measure(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Edge attribution by TransformerLens 4, in a process of its own, for `bench_attribute.py`.
 
-Reads a job from a JSON file, times `attribution_patch` at edge granularity, and writes seconds and scores.
+Reads a job from a JSON file and writes its scores; then, for each line on standard input, times
+`attribution_patch` at edge granularity and answers with the seconds.
 """
 
 from __future__ import annotations
@@ -36,12 +37,7 @@ def main() -> None:
     def metric(logits: torch.Tensor) -> torch.Tensor:
         return logits[0, -1, job["answer"]] - logits[0, -1, job["wrong"]]
 
-    seconds, found = [], None
-    for _ in range(job["turns"]):
-        start = time.perf_counter()
-        found = attribution_patch(model, clean, corrupt, metric, config)
-        seconds.append(time.perf_counter() - start)
-    assert found is not None
+    found = attribution_patch(model, clean, corrupt, metric, config)
     lines = [
         (
             sender.kind,
@@ -56,7 +52,11 @@ def main() -> None:
     ]
     (folder / "edges.json").write_text(json.dumps(lines))
     np.save(folder / "scores.npy", np.array(list(found.edge_scores.values())))
-    (folder / "result.json").write_text(json.dumps({"seconds": seconds}))
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        attribution_patch(model, clean, corrupt, metric, config)
+        print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,3 +35,28 @@ def changed(model, layer=None, scale=0.3, rank=2, part="mlp.down_proj", seed=0):
         with torch.no_grad():
             weight += (scale / rank**0.5 / weight.shape[1] ** 0.5 * (up @ down)).to(weight.dtype)
     return made
+
+
+def rotated(model, seed=0):
+    """The same function with its stream in another basis: norms folded in, then everything turned."""
+    made = copy.deepcopy(model).double()
+    width = made.config.hidden_size
+    random = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64))[0]
+    with torch.no_grad():
+        for layer in made.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for norm, parts in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            ):
+                for part in parts:
+                    part.weight.copy_((part.weight * norm.weight) @ turn)
+                norm.weight.fill_(1.0)
+            for part in (attention.o_proj, mlp.down_proj):
+                part.weight.copy_(turn.T @ part.weight)
+        head = (made.lm_head.weight * made.model.norm.weight) @ turn
+        made.model.norm.weight.fill_(1.0)
+        made.model.embed_tokens.weight.copy_(made.model.embed_tokens.weight @ turn)
+        made.lm_head.weight = torch.nn.Parameter(head)
+    return made

@@ -45,12 +45,18 @@ def test_a_planted_change_is_named(found):
     assert "begins to differ at resid_post.3, moves most at resid_post.3" in whole
     assert "100% of the squared change of the weights lies in layer 3" in whole
     assert "model.layers.3.mlp.down_proj.weight changed most, with an effective rank of" in whole
-    order = [each.found for each in found.found]
-    assert order == sorted(order, reverse=True), "what was not found comes last"
+    order = [(not each.found, each.kind != "change") for each in found.found]
+    assert order == sorted(order), "changes, then distances, then what was not found"
     for each in found.found:
         assert each.control
+        sampled = each.kind == "change" or "nothing sampled" not in each.control
+        if each.found and sampled:
+            assert each.low <= each.value <= each.high, each
     text = found.report_section().text
-    assert text.startswith("What changed, the most important first:")
+    assert text.startswith("Nothing that was looked for changed") or text.startswith("What changed")
+    assert "no sign by themselves that something was trained in:" in text
+    table = dict(found.report_section().tables)["Findings"]
+    assert table["finding"].tolist() == [each.text for each in found.found]
 
 
 def test_a_model_against_itself_has_nothing_to_find(liar, honesty):

@@ -1,20 +1,23 @@
 """The one pass against brute force, one text at a time in float64; against itself; with planted changes."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from comparison_oracles import direct_cka
+from comparison_oracles import direct_cka, rotated
 
 import veridical as vd
 from tiny_models import make
-from veridical.comparison.cka import CKA
+from veridical.comparison.cka import CKA, Products
 from veridical.comparison.compare import site_pairs
 from veridical.comparison.directions import Directions
 from veridical.comparison.drift import Drift
 from veridical.comparison.duo import pair_of
+from veridical.comparison.influence import Kept, interval, of_cka, of_procrustes
 from veridical.comparison.lens import LensDivergence, MeanDifference
 from veridical.comparison.outputs import MEASURES, Outputs
-from veridical.comparison.procrustes import procrustes_frame
+from veridical.comparison.procrustes import procrustes, procrustes_frame
 from veridical.comparison.resampling import Resampling
 from veridical.comparison.rows import rows_of
 from veridical.comparison.streaming import stream
@@ -36,7 +39,8 @@ def pairs():
 def measured(duo, data, batch_tokens=64, drawn=2, bootstrap=20, seed=0):
     rows = rows_of(duo, data)
     resampling = Resampling(bootstrap, seed=seed)
-    sites, names = site_pairs(duo)
+    sites = site_pairs(duo)
+    names = list(sites)
     meters = {
         "outputs": Outputs(duo.vocabulary, resampling),
         "drift": Drift(names, resampling),
@@ -56,9 +60,9 @@ def by_hand(duo, rows, sites):
         runs = []
         for model, side in ((duo.policy, 0), (duo.reference, 1)):
             with torch.no_grad():
-                run = model.run(model.batch([row.policy]), read=[site[side] for site in sites])
+                run = model.run(model.batch([row.policy]), read=[site[side] for site in sites.values()])
             logs = run.logits[0].double().log_softmax(-1)
-            runs.append((logs, [run[site[side]][0].double() for site in sites]))
+            runs.append((logs, [run[site[side]][0].double() for site in sites.values()]))
         found.append((row, runs))
     return found
 
@@ -213,33 +217,6 @@ def test_batches_make_no_difference(duo_of, pairs):
         np.testing.assert_allclose(left[columns], right[columns], rtol=1e-8, atol=1e-12)
 
 
-def rotated(model, seed=0):
-    """The same function with its stream in another basis: norms folded in, then everything turned."""
-    import copy
-
-    made = copy.deepcopy(model).double()
-    width = made.config.hidden_size
-    random = torch.Generator().manual_seed(seed)
-    turn = torch.linalg.qr(torch.randn(width, width, generator=random, dtype=torch.float64))[0]
-    with torch.no_grad():
-        for layer in made.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for norm, parts in (
-                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-            ):
-                for part in parts:
-                    part.weight.copy_((part.weight * norm.weight) @ turn)
-                norm.weight.fill_(1.0)
-            for part in (attention.o_proj, mlp.down_proj):
-                part.weight.copy_(turn.T @ part.weight)
-        head = (made.lm_head.weight * made.model.norm.weight) @ turn
-        made.model.norm.weight.fill_(1.0)
-        made.model.embed_tokens.weight.copy_(made.model.embed_tokens.weight @ turn)
-        made.lm_head.weight = torch.nn.Parameter(head)
-    return made
-
-
 def test_a_rotated_basis_leaves_outputs_and_cka_alone(tokenizer, pairs):
     base = make("llama").double()
     duo = pair_of(*(vd.load(m, tokenizer=tokenizer, check=False) for m in (rotated(base), base)))
@@ -252,6 +229,45 @@ def test_a_rotated_basis_leaves_outputs_and_cka_alone(tokenizer, pairs):
     assert (distances["unrotated"] > 0.5).all()
     drift = meters["drift"].frame()
     assert (drift[drift["measure"] == "turn"]["value"] > 0.5).all()
+
+
+def test_intervals_of_cka_and_procrustes_are_those_of_resampled_pairs():
+    """The influences of pairs against a bootstrap of pairs with the direct formulas."""
+    random = torch.Generator().manual_seed(0)
+    pairs, each, width = 60, 6, 5
+    shared = torch.randn(pairs, 1, width, generator=random, dtype=torch.float64)
+    x = shared + 0.5 * torch.randn(pairs, each, width, generator=random, dtype=torch.float64) + 3
+    y = x @ torch.randn(width, width, generator=random, dtype=torch.float64)
+    y = y + 0.8 * torch.randn(pairs, each, width, generator=random, dtype=torch.float64) * shared.exp()
+    products = Products()
+    products.add(x.flatten(0, 1), y.flatten(0, 1))
+    kept = Kept(["here"], Resampling(0))
+    for group in range(pairs):
+        kept.add(one_pair(group, x[group], y[group]))
+    drawn = np.random.default_rng(0).integers(0, pairs, (600, pairs))
+    for figure, influence in ((Products.cka, of_cka), (lambda p: procrustes(p)[0], of_procrustes)):
+        values = []
+        for picks in drawn:
+            again = Products()
+            again.add(x[picks].flatten(0, 1), y[picks].flatten(0, 1))
+            values.append(figure(again))
+        low, high = interval(figure(products), influence, products, kept, "here")
+        assert high - low == pytest.approx(4 * np.std(values), rel=0.2)
+    some = Kept(["here"], Resampling(0), memory=20 * 6 * 2 * 5 * 8)
+    for group in range(pairs):
+        some.add(one_pair(group, x[group], y[group]))
+    assert len(some.rows) == 20
+    assert len(some.vectors("here")[0]) == 20 * each
+    fewer = interval(products.cka(), of_cka, products, some, "here")
+    whole = interval(products.cka(), of_cka, products, kept, "here")
+    assert fewer[1] - fewer[0] == pytest.approx(whole[1] - whole[0], rel=0.5)
+
+
+def one_pair(group, x, y):
+    """A batch of one pair, of what `Kept` reads of it."""
+    return SimpleNamespace(
+        groups=np.array([group]), row=torch.zeros(len(x), dtype=torch.long), streams={"here": (x, y)}
+    )
 
 
 def test_intervals_cover_and_shrink(duo_of, pairs):

@@ -366,3 +366,8 @@ def handle(model: nn.Module):
     import veridical as vd
 
     return vd.load(model, tokenizer=tokenizer(), check=False)
+
+
+def options(texts):
+    """How texts are judged: the logit of each row's right answer less that of its wrong one."""
+    return {"metric": "logit_diff", "answers": texts.answers, "wrong": texts.wrong, "progress": False}

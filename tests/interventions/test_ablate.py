@@ -10,7 +10,7 @@ import torch
 import veridical as vd
 from tiny_models import CAUSAL, TINY
 from veridical.errors import InputError, UnknownNameError
-from veridical.interventions import ablate
+from veridical.interventions import ablate, mean_activations
 
 TEXTS = ["the capital of France is Paris", "gold?", "what is the symbol of silver? it is Ag"]
 SITES = (
@@ -147,6 +147,46 @@ def test_positions_on_either_side_of_padding(hooked, family, side):
         expected = alone(model, {"resid_pre.1": edit})
         with ablate(model, "resid_pre.1", positions=positions):
             close(rows_of(model.run(inputs).logits, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "bert", "vit"])
+def test_patterns_are_averaged_and_resampled_by_query_and_key(hooked, family):
+    """Against the patterns of each text, averaged or exchanged by hand."""
+    model = hooked(family)
+    random = torch.Generator().manual_seed(0)
+    if family == "vit":
+        given = {"pixel_values": torch.randn(4, 3, 24, 24, generator=random)}
+        data, few = given, {"pixel_values": given["pixel_values"][:2]}
+    else:
+        ids = torch.randint(5, 200, (4, 6), generator=random)
+        given, data = model.batch(ids.tolist()), ids
+        few = {name: value[:2] for name, value in given.items()}
+    with torch.no_grad():
+        patterns = model.run(given, read=["pattern.1"])["pattern.1"]
+        mean = patterns.double().mean(0).to(patterns)
+    torch.testing.assert_close(mean.sum(-1), torch.ones_like(mean[..., 0]))
+    means = mean_activations(model, data, "pattern.1", by_position=True, batch_tokens=13)
+    torch.testing.assert_close(means["pattern.1"].transpose(0, 1).to(mean), mean)
+
+    def put(value):
+        value[:, [0, 2]] = mean[[0, 2]]
+        return value
+
+    with torch.no_grad():
+        expected = model.run(few, write={"pattern.1": put}).logits
+        for over in (data, means, {"pattern.1": means["pattern.1"]}):
+            with ablate(model, "pattern.1", mode="mean", by_position=True, over=over, heads=[0, 2]):
+                torch.testing.assert_close(model.run(few).logits, expected, rtol=1e-4, atol=1e-5)
+        expected = model.run(given, write={"pattern.1": lambda value: mean.expand_as(value)}).logits
+        with ablate(model, "pattern.1", mode="mean", by_position=True, over="batch"):
+            torch.testing.assert_close(model.run(given).logits, expected, rtol=1e-4, atol=1e-5)
+        expected = model.run(few, write={"pattern.1": lambda value: value.flip(0)}).logits
+        with ablate(model, "pattern.1", mode="resample", by_position=True):
+            torch.testing.assert_close(model.run(few).logits, expected, rtol=1e-4, atol=1e-5)
+    if family != "vit":
+        refused = pytest.raises(InputError, match="is of texts of 6 tokens; these have 3")
+        with refused, ablate(model, "pattern.1", mode="mean", by_position=True, over=means):
+            model.logits(ids[:, :3])
 
 
 def test_pattern_positions_are_queries(hooked):
@@ -343,7 +383,12 @@ def test_bad_input_is_one_clear_line(hooked):
     refused("directions= goes with", directions=np.ones(8))
     refused("directions= goes with", mode="project")
     refused("width 5; the site has 32 .or 8, of one head", mode="project", directions=np.ones(5))
-    refused("size that depends on the text", sites="pattern.0", mode="mean", over="batch")
+    refused("give by_position=True", sites="pattern.0", mode="mean", over="batch")
+    refused("give by_position=True", sites="pattern.0", mode="resample")
+    refused("not vectors", sites="pattern.0", mode="project", directions=np.ones(8))
+    refused("over='batch'", sites="pattern.0", mode="resample", by_position=True, over=TEXTS)
+    refused("must have one length", sites="pattern.0", mode="mean", by_position=True, over="batch")
+    refused("these have different ones", sites="pattern.0", mode="mean", by_position=True, over=TEXTS)
     refused("has one row", mode="resample", texts=TEXTS[:1])
     refused("go together", features=[1])
 

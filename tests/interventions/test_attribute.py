@@ -11,6 +11,7 @@ import veridical as vd
 from lens_models import bridge, hooked_transformer
 from tiny_models import TINY, make
 from veridical.errors import InputError, ModelError, NonFiniteError, UnknownNameError
+from veridical.hooks import standing_hooks
 from veridical.interventions import attribute
 from veridical.interventions.attribution import Attribution
 from veridical.interventions.inputs import Inputs
@@ -238,7 +239,7 @@ def test_an_untaught_model_leaves_parameters_as_they_were(tiny):
     grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     assert list(grads) == ["lm_head.weight"]
     assert bool((grads["lm_head.weight"] == 1).all())
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not standing_hooks(module)
 
 
 def test_a_callers_no_grad_and_inference_mode_do_not_matter(hooked):

@@ -9,7 +9,7 @@ import veridical as vd
 from lens_models import bridge, hooked_transformer
 from tiny_models import TINY, make
 from veridical.errors import InputError, ModelError, NonFiniteError, UnknownNameError
-from veridical.interventions import attribute, edges
+from veridical.interventions import attribute, backward, edges
 from veridical.interventions.attribution import Attribution
 from veridical.interventions.contributions import contribution, sender_site, sender_sites
 from veridical.interventions.graph import Graph
@@ -124,12 +124,39 @@ def test_edges_out_of_a_sender_add_up_to_its_own_score(name):
 def test_small_chunks_give_the_same(name, monkeypatch):
     model = exact(name)
     whole = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges").edge_scores
-    monkeypatch.setattr(edges, "CHUNK", 1)
+    monkeypatch.setattr(backward, "CHUNK", 1)
     one = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges").edge_scores
-    monkeypatch.setattr(edges, "CHUNK", 12 * 32 * 3 * 4)
+    monkeypatch.setattr(backward, "CHUNK", 12 * 32 * 3 * 4)
     three = attribute(model, CLEAN, CORRUPT, metric=difference, method="edges").edge_scores
     np.testing.assert_allclose(one, whole, rtol=1e-10, atol=1e-13)
     np.testing.assert_allclose(three, whole, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("by_position", [False, True])
+def test_one_pass_for_both_runs_and_the_common_beginning_left_out_give_the_same(
+    name, by_position, monkeypatch
+):
+    """Against two passes over every position, which a model with a hook on it gets."""
+    model = exact(name)
+    given = {"metric": difference, "method": "edges", "by_position": by_position}
+    clean, corrupt = runs_of(model)
+    if model.kind == "causal":
+        clean, corrupt = [row[:] for row in clean], [row[:] for row in corrupt]
+        corrupt[0][1] = clean[0][1]  # the first difference is at the third token of each row
+        corrupt[1][0], corrupt[1][1] = clean[1][0], 3
+    joined = attribute(model, clean, corrupt, **given)
+    monkeypatch.setattr(edges, "JOINED", 0)
+    apart = attribute(model, clean, corrupt, **given)
+    handle = model.architecture.blocks[0].register_forward_hook(lambda *_: None)
+    try:
+        whole = attribute(model, clean, corrupt, **given)
+    finally:
+        handle.remove()
+    for found in (joined, apart):
+        np.testing.assert_allclose(found.edge_scores, whole.edge_scores, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(found.source_metric, whole.source_metric, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -267,15 +294,14 @@ def test_what_is_held_is_what_the_formula_says(monkeypatch):
     held = []
     plain = edges._contract
 
-    def watched(differences, arrived, scores, rows):
+    def watched(differences, arrived, scores):
         kept = [*differences.plain.values(), *(z for _, z in differences.heads.values())]
         blocks = max(block.numel() for _, block in differences.blocks(len(graph.senders)))
-        gradients = sum(gradient.numel() for _, _, gradient in arrived)
-        held.append(sum(tensor.numel() for tensor in kept) + blocks + gradients)
-        plain(differences, arrived, scores, rows)
+        held.append(sum(tensor.numel() for tensor in kept) + blocks + arrived[2].numel())
+        plain(differences, arrived, scores)
 
     monkeypatch.setattr(edges, "_contract", watched)
-    monkeypatch.setattr(edges, "CHUNK", 1)
+    monkeypatch.setattr(backward, "CHUNK", 1)
     attribute(model, CLEAN, CORRUPT, metric=difference, method="edges")
     _, here = edges.sizes(12, model.n_layers, model.n_heads, model.n_kv_heads, model.d_model, model.d_head)
     assert max(held) <= here

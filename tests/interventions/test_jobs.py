@@ -5,6 +5,7 @@ import json
 import pytest
 
 from veridical import cli
+from veridical.errors import ConfigError
 from veridical.interventions.jobs import agreed
 from veridical.interventions.material import evenly_long, material
 from veridical.saved_result import load_result
@@ -94,6 +95,14 @@ def test_a_table_of_clean_and_corrupt_rows(tmp_path):
     assert rows.clean == [line["clean"] for line in lines]
     assert rows.corrupt == [line["corrupt"] for line in lines]
     assert (rows.answers, rows.wrong) == (["x", "z"], ["y", "w"])
+    with pytest.raises(ConfigError, match="--limit is for questions"):
+        material(options("--data", str(table), "--limit", "1"))
+
+
+def test_a_limit_draws_pairs_with_the_seed():
+    drawn = [material(options(*QUESTIONS, *SYSTEMS, "--limit", "40", "--seed", seed)) for seed in "001"]
+    assert 0 < len(drawn[0]) < 40
+    assert drawn[0].clean == drawn[1].clean != drawn[2].clean
 
 
 def test_rows_of_the_commonest_length_are_kept():
@@ -132,6 +141,8 @@ def test_rows_of_the_commonest_length_are_kept():
         ([*QUESTIONS, *SYSTEMS, "--sites", "resid_pots.*"], "resid_pots"),
         ([*QUESTIONS, *SYSTEMS, "--metric", "logit_dif"], "logit_dif"),
         (["--clean", "one two", "--corrupt", "one two"], "needs answers="),
+        (["--prompts", "a", *SYSTEMS, "--limit", "3"], "--limit draws pairs of --data"),
+        ([*QUESTIONS, *SYSTEMS, "--limit", "0"], "limit = 0: expected at least one pair"),
     ],
 )
 def test_what_cannot_be_used_ends_in_one_line(words, said, tmp_path, capsys):

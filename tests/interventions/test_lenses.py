@@ -91,13 +91,36 @@ def test_answers_are_followed(hooked):
         logit_lens(model, TEXTS, answers=[[7, 8], [8, 1], [9, 2]])
 
 
+def test_an_image_is_read_by_its_classifier(hooked):
+    """Each token by hand through the final norm and the classifier; the class token's end is the model."""
+    model = hooked("vit")
+    images = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    reading = logit_lens(model, images, answers=[0, 1, 2], top=3, batch_tokens=20)
+    assert list(reading.tokens[:3]) == ["class", "0,0", "0,1"]
+    assert len(reading.rows) == 30
+    assert set(reading.top_tokens.ravel()) == {"LABEL_0", "LABEL_1", "LABEL_2"}
+    with torch.no_grad():
+        run = model.run({"pixel_values": images}, read="resid_post.*")
+        for at, values in enumerate(run.values.values()):
+            own = model.model.classifier(model.model.vit.layernorm(values)).softmax(-1)
+            expected = own[torch.arange(3), :, torch.arange(3)]
+            np.testing.assert_allclose(reading.probability[at], expected.ravel().numpy(), rtol=1e-4)
+            np.testing.assert_array_equal(reading.top_ids[at, :, 0], own.argmax(-1).ravel().numpy())
+    ends = reading.positions == 0
+    assert np.abs(reading.kl[-1][ends]).max() < 1e-6
+    assert (reading.kl[-1][~ends] > 1e-4).any()
+    np.testing.assert_array_equal(np.asarray(reading.facts["final_top"])[ends], run.logits.argmax(-1).numpy())
+    assert "3 images" in reading.findings()[0]
+    assert "likeliest label" in reading.figure().layout.title.text
+    with pytest.raises(InputError, match="expected images"):
+        logit_lens(model, TEXTS)
+
+
 def test_bad_input(hooked):
     with pytest.raises(InputError, match="not the residual stream"):
         logit_lens(hooked("llama"), TEXTS, sites="mlp_out.*")
     with pytest.raises(UnknownNameError):
         logit_lens(hooked("llama"), TEXTS, sites="resid_pots.1")
-    with pytest.raises(InputError, match="vision transformer"):
-        Readout(hooked("vit"))
     with pytest.raises(InputError, match="top is 0"):
         logit_lens(hooked("llama"), TEXTS, top=0)
     with pytest.raises(UnknownNameError, match="nearest: entropy"):

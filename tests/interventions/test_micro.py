@@ -1,25 +1,13 @@
 """The tools explain models whose weights were written by hand: they find what is there, and no more."""
 
-import warnings
-
 import micro
 import pytest
 import torch
 
 from veridical.interventions import ablate
 
-
-@pytest.fixture(params=micro.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_change_is_expected():
-    """Heads that do nothing are ablated and patched on purpose here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
+pytestmark = pytest.mark.usefixtures("no_effect_is_expected")
+"""Heads that do nothing are ablated and patched on purpose here."""
 
 
 def answered(model, ids):

@@ -8,10 +8,6 @@ import torch
 from veridical.interventions import Graph, attribute
 
 
-def options(texts):
-    return {"metric": "logit_diff", "answers": texts.answers, "wrong": texts.wrong, "progress": False}
-
-
 @pytest.fixture(scope="module")
 def linear():
     """The linear model, two sets of texts, and the options of the metric that `micro.by_hand` does."""
@@ -84,7 +80,7 @@ def test_edges_of_a_linear_model_are_their_terms(linear):
 def test_edges_of_the_chain_are_its_circuit():
     """Where its relu is a straight line the first order is the whole effect."""
     model, texts = micro.handle(micro.chain()), micro.chain_texts()
-    found = attribute(model, texts.clean, texts.corrupt, method="edges", **options(texts))
+    found = attribute(model, texts.clean, texts.corrupt, method="edges", **micro.options(texts))
     for edge in Graph.of(model).edges:
         assert found[edge.name].tolist() == [texts.truth.effect * (edge.name in micro.CHAIN)] * 3, edge.name
 
@@ -94,7 +90,7 @@ def test_edges_of_the_chain_are_its_circuit():
 def test_the_largest_edges_of_induction_are_its_circuit(family, what):
     texts = micro.contrast(what)
     model = micro.handle(micro.induction(family, sharpness=micro.SOFT))
-    found = attribute(model, texts.clean, texts.corrupt, method="edges", **options(texts))
+    found = attribute(model, texts.clean, texts.corrupt, method="edges", **micro.options(texts))
     wanted = micro.edges(texts.truth, family)
     best = found.top(len(wanted) + 1)
     assert set(best["edge"][:-1]) == wanted
@@ -104,7 +100,7 @@ def test_the_largest_edges_of_induction_are_its_circuit(family, what):
 def test_saturated_attention_has_no_gradient_that_says_so():
     """Why exact checks follow: at EXACT the keys' edge has the whole effect, and no slope."""
     texts, model = micro.contrast("key"), micro.handle(micro.induction("llama"))
-    found = attribute(model, texts.clean, texts.corrupt, method="edges", **options(texts))
+    found = attribute(model, texts.clean, texts.corrupt, method="edges", **micro.options(texts))
     edge = f"head.0.{micro.PREVIOUS}->head.1.{micro.INDUCTION}:k"
     assert found[edge].tolist() == [0.0] * 4
 
@@ -112,7 +108,7 @@ def test_saturated_attention_has_no_gradient_that_says_so():
 def test_attribution_patching_finds_the_tokens_of_induction():
     texts = micro.contrast("key")
     model = micro.handle(micro.induction("llama", sharpness=micro.SOFT))
-    found = attribute(model, texts.clean, texts.corrupt, method="atp", sites="z.*", **options(texts))
+    found = attribute(model, texts.clean, texts.corrupt, method="atp", sites="z.*", **micro.options(texts))
     best = {site: np.abs(found[site]).mean(0) for site in ("z.0", "z.1")}
     places = texts.places
     assert np.unravel_index(best["z.0"].argmax(), best["z.0"].shape) == (places["B"], micro.PREVIOUS)

@@ -7,11 +7,6 @@ import torch
 from veridical.interventions import direct_logits, logit_lens
 
 
-@pytest.fixture(params=micro.FAMILIES)
-def family(request):
-    return request.param
-
-
 def test_the_answer_is_written_by_the_induction_head_alone(family):
     model, texts = micro.handle(micro.induction(family)), micro.contrast("key")
     found = direct_logits(model, texts.clean, answers=texts.answers, wrong=texts.wrong)

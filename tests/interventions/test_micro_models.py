@@ -18,11 +18,6 @@ def difference(model, ids, answers, wrong):
     return last[rows, answers] - last[rows, wrong]
 
 
-@pytest.fixture(params=micro.FAMILIES)
-def family(request):
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_norms_do_nothing(family, dtype):
     model = micro.induction(family).to(dtype)

@@ -1,7 +1,5 @@
 """Sweeps of patches on models whose cells are known: the whole effect there, exactly nothing elsewhere."""
 
-import warnings
-
 import micro
 import numpy as np
 import pytest
@@ -13,21 +11,7 @@ from veridical.sites import Site
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 PER_HEAD = ("q", "k", "v", "z")
 
-
-@pytest.fixture(params=micro.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_effect_is_expected():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def options(texts):
-    return {"metric": "logit_diff", "answers": texts.answers, "wrong": texts.wrong, "progress": False}
+pytestmark = pytest.mark.usefixtures("no_effect_is_expected")
 
 
 def cells_of(found, length):
@@ -57,7 +41,7 @@ def sweep(model, texts, **more):
 def test_the_cells_of_the_truth_and_no_others(family, what, direction):
     texts = micro.contrast(what, length=8)
     model = micro.handle(micro.induction(family))
-    found = sweep(model, texts, direction=direction, **options(texts))
+    found = sweep(model, texts, direction=direction, **micro.options(texts))
     wanted = micro.cells(texts.truth, family)
     assert wanted <= found.keys()
     heads = 2 * 4 + 2 * (2 if family == "llama_grouped" else 4)
@@ -71,7 +55,7 @@ def test_the_cells_of_the_truth_and_no_others(family, what, direction):
 
 def test_the_chain():
     model, texts = micro.handle(micro.chain()), micro.chain_texts()
-    found = sweep(model, texts, **options(texts))
+    found = sweep(model, texts, **micro.options(texts))
     for cell, effect in found.items():
         assert effect.tolist() == [texts.truth.effect * (cell in texts.truth.cells)] * 3, cell
 

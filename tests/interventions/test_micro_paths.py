@@ -1,28 +1,12 @@
 """Edge and path patching, and circuits, on models whose edges are known."""
 
-import warnings
-
 import micro
 import pytest
 import torch
 
 from veridical.interventions import Graph, find_circuit, patch_paths
 
-
-@pytest.fixture(params=micro.FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _no_effect_is_expected():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def options(texts):
-    return {"metric": "logit_diff", "answers": texts.answers, "wrong": texts.wrong, "progress": False}
+pytestmark = pytest.mark.usefixtures("no_effect_is_expected")
 
 
 def agree(found, wanted, family):
@@ -38,7 +22,9 @@ def test_every_edge_of_the_truth_has_the_whole_effect_and_no_other_has_any(famil
     model, texts = micro.handle(micro.induction(family)), micro.contrast(what)
     wanted = micro.edges(texts.truth, family)
     assert all(edge in Graph.of(model) for edge in wanted)
-    found = patch_paths(model, texts.clean, texts.corrupt, edges="*", direction=direction, **options(texts))
+    found = patch_paths(
+        model, texts.clean, texts.corrupt, edges="*", direction=direction, **micro.options(texts)
+    )
     ends = {"clean": found.clean.tolist(), "corrupt": found.corrupt.tolist()}
     agree(ends, {"clean": [texts.truth.effect] * 4, "corrupt": [0.0] * 4}, family)
     sign = 1 if direction == "denoising" else -1
@@ -49,7 +35,7 @@ def test_every_edge_of_the_truth_has_the_whole_effect_and_no_other_has_any(famil
 
 def test_the_chain_has_three_edges():
     model, texts = micro.handle(micro.chain()), micro.chain_texts()
-    found = patch_paths(model, texts.clean, texts.corrupt, edges="*", **options(texts))
+    found = patch_paths(model, texts.clean, texts.corrupt, edges="*", **micro.options(texts))
     effects = {name: effect.tolist() for name, effect in zip(found.names, found.effects)}
     assert effects == {name: [texts.truth.effect * (name in micro.CHAIN)] * 3 for name in effects}
 
@@ -58,7 +44,7 @@ def test_head_to_head_by_keys_only():
     model, texts = micro.handle(micro.induction()), micro.contrast("key")
     previous, finder = f"head.0.{micro.PREVIOUS}", f"head.1.{micro.INDUCTION}"
     found = patch_paths(
-        model, texts.clean, texts.corrupt, senders=previous, receivers=f"{finder}:*", **options(texts)
+        model, texts.clean, texts.corrupt, senders=previous, receivers=f"{finder}:*", **micro.options(texts)
     )
     assert dict(zip(found.names, found.effects.mean(1).tolist())) == {
         f"{previous}->{finder}:{port}": micro.ANSWER * (port == "k") for port in "qkv"
@@ -79,7 +65,7 @@ def test_the_whole_way_as_one_path(family):
         f"embed->{finder}:k->logits": 0.0,
         "embed->logits": 0.0,
     }
-    found = patch_paths(model, texts.clean, texts.corrupt, paths=list(ways), **options(texts))
+    found = patch_paths(model, texts.clean, texts.corrupt, paths=list(ways), **micro.options(texts))
     agree(
         dict(zip(ways, found.effects.tolist())), {way: [effect] * 4 for way, effect in ways.items()}, family
     )
@@ -92,7 +78,7 @@ def test_an_edge_matters_where_its_token_stands():
     places = {"embed->head.0.1:v": "A", "head.0.1->head.1.2:k": "B", "head.1.2->logits": "last"}
     for position in range(texts.clean.shape[1]):
         found = patch_paths(
-            model, texts.clean, texts.corrupt, edges=edges, positions=position, **options(texts)
+            model, texts.clean, texts.corrupt, edges=edges, positions=position, **micro.options(texts)
         )
         at = [texts.places[places[edge]] == position for edge in edges]
         assert found.effects.tolist() == [[micro.ANSWER * here] * 4 for here in at]
@@ -125,7 +111,9 @@ def test_linear_effects_are_those_by_hand():
 @pytest.mark.parametrize("what", ["key", "query", "value"])
 def test_the_circuit_of_induction_is_found_whole_and_faithful(family, what):
     model, texts = micro.handle(micro.induction(family)), micro.contrast(what)
-    found = find_circuit(model, texts.clean, texts.corrupt, method="exact", controls=3, **options(texts))
+    found = find_circuit(
+        model, texts.clean, texts.corrupt, method="exact", controls=3, **micro.options(texts)
+    )
     assert set(found.edges) == micro.edges(texts.truth, family)
     assert found.faithfulness == pytest.approx(1, abs=1e-6)
     assert found.without == pytest.approx(0, abs=1e-6)
@@ -135,7 +123,7 @@ def test_the_circuit_of_induction_is_found_whole_and_faithful(family, what):
 @pytest.mark.parametrize("method", ["edges", "exact"])
 def test_the_circuit_of_the_chain_is_found(method):
     model, texts = micro.handle(micro.chain()), micro.chain_texts()
-    found = find_circuit(model, texts.clean, texts.corrupt, method=method, controls=3, **options(texts))
+    found = find_circuit(model, texts.clean, texts.corrupt, method=method, controls=3, **micro.options(texts))
     assert set(found.edges) == set(micro.CHAIN)
     assert (found.faithfulness, found.without) == (1.0, 0.0)
 
@@ -144,7 +132,9 @@ def test_the_circuit_of_the_chain_is_found(method):
 def test_ranked_by_gradients_and_pruned_it_is_the_same_circuit(family, what):
     texts = micro.contrast(what)
     model = micro.handle(micro.induction(family, sharpness=micro.SOFT))
-    found = find_circuit(model, texts.clean, texts.corrupt, keep=20, prune=0.02, controls=1, **options(texts))
+    found = find_circuit(
+        model, texts.clean, texts.corrupt, keep=20, prune=0.02, controls=1, **micro.options(texts)
+    )
     assert set(found.edges) == micro.edges(texts.truth, family)
     assert found.faithfulness == pytest.approx(1, abs=0.05)
 
@@ -154,9 +144,20 @@ def test_a_circuit_that_lacks_an_edge_explains_nothing(missing):
     model, texts = micro.handle(micro.chain()), micro.chain_texts()
     edges = [edge for place, edge in enumerate(micro.CHAIN) if place != missing]
     found = patch_paths(
-        model, texts.clean, texts.corrupt, edges=edges, together=True, direction="noising", **options(texts)
+        model,
+        texts.clean,
+        texts.corrupt,
+        edges=edges,
+        together=True,
+        direction="noising",
+        **micro.options(texts),
     )
     rest = patch_paths(
-        model, texts.clean, texts.corrupt, edges=micro.CHAIN[missing], direction="noising", **options(texts)
+        model,
+        texts.clean,
+        texts.corrupt,
+        edges=micro.CHAIN[missing],
+        direction="noising",
+        **micro.options(texts),
     )
     assert found.effects.tolist() == rest.effects.tolist() == [[-texts.truth.effect] * 3]

@@ -9,6 +9,7 @@ import torch
 
 import veridical as vd
 from tiny_models import CAUSAL, make
+from veridical.hooks import standing_hooks
 from veridical.interventions import patch
 
 CLEAN = [[5, 8, 13, 40, 77, 21, 6, 90], [9, 33, 60, 7, 150]]
@@ -250,10 +251,9 @@ def test_nothing_is_left_on_the_model_after_an_error(hooked):
 
     with pytest.raises(KeyError):
         quiet(model, CLEAN, CORRUPT, sites="resid_pre.*, z.*", metric=failing, keep=1)
+    assert not standing_hooks(model.model)
     for module in model.model.modules():
         assert "forward" not in module.__dict__
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
 
 
 def test_only_what_follows_a_patch_is_run(hooked):

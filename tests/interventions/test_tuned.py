@@ -8,8 +8,8 @@ import torch
 
 import veridical as vd
 from tiny_models import make
-from veridical.errors import DamagedFileError, DataError, InputError, UnknownNameError
-from veridical.interventions import TunedLens, logit_lens, tuned_lens
+from veridical.errors import DamagedFileError, DataError, InputError, StoreMismatchError, UnknownNameError
+from veridical.interventions import TunedLens, logit_lens, tuned, tuned_lens
 from veridical.probes.fits import MismatchError
 
 
@@ -158,12 +158,62 @@ def test_from_a_store_of_activations(trained, tmp_path):
         tuned_lens(model, vd.collect(model, ids[:4], sites=["resid_post.0"], tokens="all"))
 
 
+class Killed(Exception):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("after", [1, 7, 12])
+def test_a_training_that_was_stopped_ends_the_same_to_the_last_bit(hooked, tmp_path, monkeypatch, after):
+    model = hooked("gpt2")
+    ids = torch.randint(3, 300, (12, 8), generator=torch.Generator().manual_seed(0))
+    options = {"steps": 12, "batch": 32, "seed": 2}
+    whole = tuned_lens(model, ids, **options)
+    kept = {"checkpoints": tmp_path / "lens", "checkpoint_minutes": 1e-9}
+    plain, steps = tuned._Training._gradients, []
+
+    def counted(self, vectors, step):
+        steps.append(step)
+        if step == after + 1:
+            raise Killed
+        return plain(self, vectors, step)
+
+    monkeypatch.setattr(tuned._Training, "_gradients", counted)
+    if after < 12:
+        with pytest.raises(Killed):
+            tuned_lens(model, ids, **options, **kept)
+        monkeypatch.setattr(tuned._Training, "_gradients", lambda *a: (steps.append(a[2]), plain(*a))[1])
+    found = tuned_lens(model, ids, **options, **kept)
+    assert steps == [*range(1, after + 2), *range(after + 1, 13)][: 12 if after == 12 else None]
+    for name in ("matrices", "offsets", "plain_kl", "held_out_kl", "best_step"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name), err_msg=name)
+    assert found.history.equals(whole.history)
+    steps.clear()
+    again = tuned_lens(model, ids, **options, **kept)
+    assert steps == []
+    np.testing.assert_array_equal(again.matrices, whole.matrices)
+
+
+def test_checkpoints_of_another_training_are_refused(hooked, tmp_path):
+    model = hooked("gpt2")
+    ids = torch.randint(3, 300, (12, 8), generator=torch.Generator().manual_seed(0))
+    tuned_lens(model, ids, steps=2, batch=16, checkpoints=tmp_path)
+    with pytest.raises(StoreMismatchError, match="steps is 2 there, 3 here"):
+        tuned_lens(model, ids, steps=3, batch=16, checkpoints=tmp_path)
+    file = sorted((tmp_path / "checkpoints").glob("*.safetensors"))[-1]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedFileError, match="damaged"):
+        tuned_lens(model, ids, steps=2, batch=16, checkpoints=tmp_path)
+
+
 def test_bad_input(trained, hooked):
     model, _, ids, lens = trained
     for options, match in (
         ({"steps": 0}, "steps is 0"),
         ({"holdout": 1.0}, "holdout is 1.0"),
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"checkpoint_minutes": 0}, "checkpoint_minutes is 0"),
         ({"sites": "resid_post.1"}, "own output"),
         ({"sites": "mlp_out.0"}, "not the residual stream"),
     ):
@@ -175,3 +225,5 @@ def test_bad_input(trained, hooked):
         lens.read(hooked("llama"), [[5, 6]])
     with pytest.raises(UnknownNameError, match="trained at these sites"):
         lens.translate("resid_post.5", torch.zeros(2, 32))
+    with pytest.raises(InputError, match="read it with logit_lens"):
+        tuned_lens(hooked("vit"), torch.zeros(2, 3, 24, 24))

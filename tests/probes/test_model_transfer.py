@@ -9,7 +9,15 @@ from sklearn.linear_model import Ridge
 
 import veridical as vd
 from veridical.errors import DataError, UnknownNameError
-from veridical.probes.model_transfer import CONTROL, MOVED, OWN_A, OWN_B, _procrustes, _regress, transfer_to
+from veridical.probes.model_transfer import (
+    CONTROL,
+    MOVED,
+    OWN_A,
+    OWN_B,
+    _regress,
+    procrustes_map,
+    transfer_to,
+)
 from veridical.reporting.section import Reportable
 
 QUICK = {"bootstrap": 60, "shuffles": 10, "text_baseline": False, "progress": False, "strengths": (0.01, 0.1)}
@@ -73,7 +81,7 @@ def test_the_turn_is_scipys_and_the_scale_of_least_error():
     random = np.random.default_rng(0)
     x, y, w = random.normal(size=(80, 6)) + 2, random.normal(size=(80, 6)) - 1, random.normal(size=6)
     y += x @ np.linalg.qr(random.normal(size=(6, 6)))[0]
-    weights, shift = _procrustes(torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w), 0.3)
+    weights, shift = procrustes_map(torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w), 0.3)
     centred_x, centred_y = x - x.mean(0), y - y.mean(0)
     turn, total = orthogonal_procrustes(centred_x, centred_y)
     scale = total / (centred_x**2).sum()

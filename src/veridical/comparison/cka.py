@@ -22,8 +22,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from veridical.comparison import influence
+
 if TYPE_CHECKING:
+    from veridical.comparison.influence import Kept
     from veridical.comparison.streaming import Step
+
+LEAST_HALF = 128
+"""Columns from which on a matrix is halved for its product with itself."""
 
 
 @dataclass
@@ -46,7 +52,7 @@ class Products:
     totals: list[Tensor] = field(default_factory=list)
     squares: list[float] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
-    cross: Tensor | None = None
+    cross: Tensor = field(default_factory=lambda: torch.empty(0))
     fourth: list[float] = field(default_factory=list)
     scaled: list[Tensor] = field(default_factory=list)
 
@@ -56,17 +62,19 @@ class Products:
             return
         kind = torch.promote_types(torch.float32, x.dtype)
         both = [v.to(kind) for v in (x, y)]
-        if self.cross is None:
+        if not self.count:
             self._begin(both)
         both = [v - shift.to(kind) for v, shift in zip(both, self.shifts)]
         norms = [v.square().sum(1) for v in both]
         self.count += len(x)
+        # Equal streams get one product three times, so that they come out exactly equal.
+        same = torch.equal(*both)
+        grams = [gram(both[0])] * 2 if same else [gram(v) for v in both]
         for side, (v, norm) in enumerate(zip(both, norms)):
             self.totals[side] += v.sum(0)
             self.squares[side] += float(norm.double().sum())
-            self.own[side] += v.T @ v
-        assert self.cross is not None
-        self.cross += both[0].T @ both[1]
+            self.own[side] += grams[side]
+        self.cross += grams[0] if same else both[0].T @ both[1]
         pairs = ((0, 0), (1, 1), (1, 0), (0, 1))
         for at, (of, on) in enumerate(pairs):
             self.scaled[at] += norms[of] @ both[on]
@@ -89,7 +97,7 @@ class Products:
         Its scale is that of `count * (count - 3)` times the estimator, which cancels in CKA.
         """
         n = self.count
-        if n < 4 or self.cross is None:
+        if n < 4:
             return float("nan")
         cross = self.own[first] if first == second else self.cross
         fourth = self.fourth[first] if first == second else self.fourth[2]
@@ -109,20 +117,34 @@ class Products:
         own = self.hsic(0, 0) * self.hsic(1, 1)
         return self.hsic(0, 1) / own**0.5 if own > 0 else float("nan")
 
+    def covariance(self, first: int, second: int) -> Tensor:
+        """Mean product of centred x (0) or y (1) with x or y."""
+        cross = self.own[first] if first == second else self.cross
+        return (cross - torch.outer(self.totals[first], self.totals[second]) / self.count) / self.count
+
     def centred(self) -> tuple[Tensor, float, float]:
         """The centred cross-product x'y `[a, b]` and the centred squared norms of x and of y."""
-        assert self.cross is not None
         n = max(self.count, 1)
         # Traces of the same products as the cross one, so that equal streams come out exactly equal.
         norms = [float(own.trace() - s.square().sum() / n) for own, s in zip(self.own, self.totals)]
         return self.cross - torch.outer(self.totals[0], self.totals[1]) / n, norms[0], norms[1]
 
 
+def gram(v: Tensor) -> Tensor:
+    """v'v of `[n, d]`: symmetric, so that a quarter of the products need not be taken."""
+    half = v.shape[1] // 2
+    if half < LEAST_HALF:
+        return v.T @ v
+    first, second = v[:, :half], v[:, half:]
+    upper, lower = first.T @ v, second.T @ second
+    return torch.cat([upper, torch.cat([upper[:, half:].T, lower], 1)])
+
+
 class CKA:
     """Takes the residual streams of every batch.
 
     Args:
-        sites: Short names of the compared sites, in order of depth.
+        sites: Names of the compared sites, in order of depth.
     """
 
     def __init__(self, sites: Sequence[str]) -> None:
@@ -130,15 +152,23 @@ class CKA:
         self.products = [Products() for _ in self.sites]
 
     def add(self, step: Step) -> None:
-        for products, (policy, reference) in zip(self.products, step.streams):
-            products.add(policy, reference)
+        for site, products in zip(self.sites, self.products):
+            products.add(*step.streams[site])
 
-    def frame(self) -> pd.DataFrame:
-        """One line per site: `cka` and `tokens`."""
+    def frame(self, kept: Kept | None = None) -> pd.DataFrame:
+        """One line per site: `cka` with `low` and `high` (95 %, from the influence of `kept` pairs; NaN
+        without), and `tokens`."""
+        values = [products.cka() for products in self.products]
+        spans = [
+            influence.interval(value, influence.of_cka, products, kept, site, highest=1.0)
+            for site, value, products in zip(self.sites, values, self.products)
+        ]
         return pd.DataFrame(
             {
                 "site": self.sites,
-                "cka": [products.cka() for products in self.products],
+                "cka": values,
+                "low": [low for low, _ in spans],
+                "high": [high for _, high in spans],
                 "tokens": [products.count for products in self.products],
             }
         )

@@ -1,8 +1,13 @@
-"""Compares a policy with its reference: outputs and representations in one pass, then samples and weights."""
+"""Compares a policy with its reference: outputs and representations in one pass, then samples and weights.
+
+Each part is a function from what was asked to tables by name, and `PARTS` lists them in order; what reads the
+one pass over both models is a `Measure`, and `MEASURES` lists those.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,27 +16,62 @@ from veridical.comparison.behaviour import behaviour
 from veridical.comparison.cka import CKA
 from veridical.comparison.comparison import Comparison
 from veridical.comparison.config import CompareConfig
+from veridical.comparison.crosscoder import Drawn, crosscoded
 from veridical.comparison.directions import Directions
 from veridical.comparison.drift import Drift
+from veridical.comparison.influence import Kept
 from veridical.comparison.lens import LensDivergence, MeanDifference
 from veridical.comparison.outputs import Outputs
+from veridical.comparison.probe_transfer import ProbeRows, transferred, usable
 from veridical.comparison.procrustes import procrustes_frame
 from veridical.comparison.resampling import Resampling
 from veridical.comparison.rows import Rows, are_ids, rows_of
+from veridical.comparison.sae_shift import Firing, readable, shifted
 from veridical.comparison.samples import sample
 from veridical.comparison.streaming import Meter, stream
 from veridical.comparison.weights import weight_change
+from veridical.comparison.where import where_tables
 from veridical.config import build, to_dict
 from veridical.saes.logit_effects import token_text
 
 if TYPE_CHECKING:
     from veridical.comparison.duo import Duo
 
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a part works on.
+
+    Attributes:
+        duo: The two models.
+        data: What was given to compare on.
+        rows: The same in tokens.
+        probes, saes: Fitted on the reference.
+        config: Options.
+        resampling: Weights of pairs for intervals.
+    """
+
+    duo: Duo
+    data: Any
+    rows: Rows
+    probes: Sequence[Any]
+    saes: Sequence[Any]
+    config: CompareConfig
+    resampling: Resampling
+
+    @property
+    def is_text(self) -> bool:
+        """Whether prompts can be continued: texts, chats or pairs, and not token ids."""
+        return not (hasattr(self.data, "dtype") or are_ids(self.data))
+
 
 def compare(
     duo: Duo,
     pairs: Any,
     probes: Sequence[Any] = (),
+    saes: Sequence[Any] = (),
     config: CompareConfig | None = None,
     **options: Any,
 ) -> Comparison:
@@ -45,7 +85,9 @@ def compare(
         duo: The two models, from `load_pair`.
         pairs: `Pairs`, texts, chats or token ids. A label (see `CompareConfig.label`) gives directions,
             completions give figures for answers, questions with options give behaviour.
-        probes: Linear probes, whose directions are held against the change of the weights.
+        probes: Linear probes of the reference (fitted, or from `load_probe`): read on the policy and back,
+            and their directions held against the change of the weights. `pairs` need the probe's label.
+        saes: Sparse autoencoders of the reference, run on both models.
         config: Options.
         **options: Options by name.
 
@@ -56,67 +98,156 @@ def compare(
     config = build(CompareConfig, config, **options)
     rows = rows_of(duo, pairs, config.label, max_length=config.max_length, on_long=config.on_long)
     resampling = Resampling(config.bootstrap, seed=config.seed)
-    tables = one_pass(duo, rows, config, resampling)
-    if config.samples and duo.applies("policy samples") and not _is_tokens(pairs):
-        tables |= _sampled(duo, pairs, config, resampling)
-    if not _is_tokens(pairs):
-        tables |= behaviour(duo, pairs, config)
-    if config.weights and duo.applies("weights"):
-        tables |= _weighed(duo, probes)
-    return Comparison(
-        {name: table for name, table in tables.items() if len(table)}, _facts(duo, rows, config)
-    )
+    asked = Asked(duo, pairs, rows, tuple(probes), tuple(saes), config, resampling)
+    tables: Tables = {}
+    for part in PARTS:
+        tables |= part(asked)
+    return Comparison({name: table for name, table in tables.items() if len(table)}, _facts(asked))
 
 
-def site_pairs(duo: Duo) -> tuple[list[tuple[str, str]], list[str]]:
-    """Sites that go together, (policy, reference), from the first block's input on, and what to call them."""
+def site_pairs(duo: Duo) -> dict[str, tuple[str, str]]:
+    """Sites of the residual stream that go together, (policy, reference), from the first block's input on, by
+    what they are called."""
     if not (duo.policy.n_layers and duo.reference.n_layers):
-        return [], []
+        return {}
     sites = [("resid_pre.0", "resid_pre.0")]
     sites += [(f"resid_post.{a}", f"resid_post.{b}") for a, b in duo.layers]
-    return sites, [a if a == b else f"{a} and {b}" for a, b in sites]
+    return {a if a == b else f"{a} and {b}": (a, b) for a, b in sites}
 
 
-def one_pass(duo: Duo, rows: Rows, config: CompareConfig, resampling: Resampling) -> dict[str, pd.DataFrame]:
-    """Tables of every measure of outputs and representations, from one pass of both models over `rows`."""
-    sites, names = site_pairs(duo)
-    meters: dict[str, Meter] = {}
-    if duo.applies("KL"):
-        meters["outputs"] = Outputs(duo.vocabulary, resampling)
-    if sites:
-        meters["cka"] = CKA(names)
-        if duo.applies("drift"):
-            meters["drift"] = Drift(names, resampling)
-        if duo.applies("directions") and len(set(rows.labels.tolist()) - {-1}) == 2:
-            meters["directions"] = Directions(names, rows.labels, rows.groups, resampling)
-        if duo.applies("difference lens"):
-            meters["difference"] = MeanDifference(names, resampling)
-        if duo.applies("logit-lens divergence"):
-            meters["lens"] = LensDivergence(duo, names, resampling, config.lens_tokens)
+# What reads the one pass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that is taken on the way.
+
+    Attributes:
+        meters: What takes it.
+        tables: What it found, once the pass is over.
+        sites: Sites that it reads, by name, (policy, reference).
+    """
+
+    meters: Sequence[Meter]
+    tables: Callable[[], Tables]
+    sites: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def one_pass(asked: Asked) -> Tables:
+    """Tables of every measure of outputs and representations, from one pass of both models over the rows."""
+    measures = [made for measure in MEASURES if (made := measure(asked)) is not None]
+    sites: dict[str, tuple[str, str]] = {}
+    for measure in measures:
+        sites |= measure.sites
+    meters = [meter for measure in measures for meter in measure.meters]
     stream(
-        duo, rows, list(meters.values()), resampling, sites=sites, logits="outputs" in meters,
-        batch_tokens=config.batch_tokens, progress=config.progress,
+        asked.duo, asked.rows, meters, asked.resampling, sites=sites, logits=asked.duo.applies("KL"),
+        batch_tokens=asked.config.batch_tokens, progress=asked.config.progress,
     )  # fmt: skip
-    tables: dict[str, pd.DataFrame] = {}
-    for name, meter in meters.items():
-        if isinstance(meter, Outputs):
-            tables |= _output_tables(duo, rows, meter)
-        elif isinstance(meter, Drift):
-            tables |= {"drift": meter.frame(), "drift by position": meter.position_frame()}
-        elif isinstance(meter, CKA):
-            tables["cka"] = meter.frame()
-            if duo.applies("Procrustes"):
-                tables["procrustes"] = procrustes_frame(names, meter.products)
-        elif isinstance(meter, LensDivergence):
-            tables["logit-lens divergence"] = meter.frame()
-        elif isinstance(meter, MeanDifference):
-            tables["difference lens"] = meter.frame(duo, lambda token: token_text(duo.policy, token))
-        elif isinstance(meter, Directions):
-            tables[name] = meter.frame()
+    tables: Tables = {}
+    for measure in measures:
+        tables |= measure.tables()
     return tables
 
 
-def _output_tables(duo: Duo, rows: Rows, meter: Outputs) -> dict[str, pd.DataFrame]:
+def _outputs(asked: Asked) -> Measure | None:
+    if not asked.duo.applies("KL"):
+        return None
+    meter = Outputs(asked.duo.vocabulary, asked.resampling)
+    return Measure([meter], lambda: _output_tables(asked.duo, asked.rows, meter))
+
+
+def _geometry(asked: Asked) -> Measure | None:
+    sites = site_pairs(asked.duo)
+    if not sites:
+        return None
+    meter, kept = CKA(list(sites)), Kept(list(sites), asked.resampling)
+
+    def tables() -> Tables:
+        found = {"cka": meter.frame(kept)}
+        if asked.duo.applies("Procrustes"):
+            found["procrustes"] = procrustes_frame(meter.sites, meter.products, kept)
+        return found
+
+    return Measure([meter, kept], tables, sites)
+
+
+def _drift(asked: Asked) -> Measure | None:
+    sites = site_pairs(asked.duo)
+    if not sites or not asked.duo.applies("drift"):
+        return None
+    meter = Drift(list(sites), asked.resampling)
+    return Measure(
+        [meter], lambda: {"drift": meter.frame(), "drift by position": meter.position_frame()}, sites
+    )
+
+
+def _directions(asked: Asked) -> Measure | None:
+    sites, rows = site_pairs(asked.duo), asked.rows
+    if not sites or not asked.duo.applies("directions") or len(set(rows.labels.tolist()) - {-1}) != 2:
+        return None
+    meter = Directions(list(sites), rows.labels, rows.groups, asked.resampling)
+    return Measure([meter], lambda: {"directions": meter.frame()}, sites)
+
+
+def _difference(asked: Asked) -> Measure | None:
+    sites, duo = site_pairs(asked.duo), asked.duo
+    if not sites or not duo.applies("difference lens"):
+        return None
+    meter = MeanDifference(list(sites), asked.resampling)
+    return Measure(
+        [meter], lambda: {"difference lens": meter.frame(duo, lambda id: token_text(duo.policy, id))}, sites
+    )
+
+
+def _lens(asked: Asked) -> Measure | None:
+    sites = site_pairs(asked.duo)
+    if not sites or not asked.duo.applies("logit-lens divergence"):
+        return None
+    meter = LensDivergence(asked.duo, list(sites), asked.resampling, asked.config.lens_tokens)
+    return Measure([meter], lambda: {"logit-lens divergence": meter.frame()}, sites)
+
+
+def _probes(asked: Asked) -> Measure | None:
+    if not asked.probes:
+        return None
+    wanted, missing = usable(asked.probes, asked.duo, asked.data, asked.rows)
+    meter = ProbeRows(wanted, asked.rows, asked.data)
+    return Measure(
+        [meter] if wanted else [],
+        lambda: transferred(wanted, meter, asked.duo, asked.resampling, missing),
+        {each.site: (each.site, each.site) for each in wanted},
+    )
+
+
+def _saes(asked: Asked) -> Measure | None:
+    if not asked.saes:
+        return None
+    readable_ones, missing = readable(asked.saes, asked.duo)
+    meters = [Firing(name, site, sae, asked.resampling) for name, site, sae in readable_ones]
+    return Measure(
+        meters, lambda: shifted(meters, missing), {meter.site: (meter.site, meter.site) for meter in meters}
+    )
+
+
+def _crosscoder(asked: Asked) -> Measure | None:
+    config, duo = asked.config, asked.duo
+    if config.crosscoder is None or not duo.applies("crosscoder"):
+        return None
+    short = duo.policy.resolve(config.crosscoder)[0].short
+    sites = {name: pair for name, pair in site_pairs(duo).items() if pair[0] == short}
+    sites = sites or {short: (short, short)}
+    meter = Drawn(next(iter(sites)), asked.resampling, config.crosscoder_tokens)
+    return Measure([meter], lambda: crosscoded(meter, config, lambda id: token_text(duo.policy, id)), sites)
+
+
+MEASURES: tuple[Callable[[Asked], Measure | None], ...] = (
+    _outputs, _geometry, _drift, _directions, _difference, _lens, _probes, _saes, _crosscoder,
+)  # fmt: skip
+"""What reads the one pass; each says None where it does not apply."""
+
+
+def _output_tables(duo: Duo, rows: Rows, meter: Outputs) -> Tables:
     def names(token: int) -> str:
         return token_text(duo.policy, token)
 
@@ -130,22 +261,44 @@ def _output_tables(duo: Duo, rows: Rows, meter: Outputs) -> dict[str, pd.DataFra
     }
 
 
-def _sampled(duo: Duo, pairs: Any, config: CompareConfig, resampling: Resampling) -> dict[str, pd.DataFrame]:
+# The other parts
+
+
+def samples(asked: Asked) -> Tables:
+    """Outputs on the policy's own samples, from a second, short pass."""
+    duo, config = asked.duo, asked.config
+    if not (config.samples and asked.is_text and duo.applies("policy samples")):
+        return {}
     rows = sample(
-        duo, pairs, count=config.samples, max_new_tokens=config.max_new_tokens,
+        duo, asked.data, count=config.samples, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, on_long=config.on_long, seed=config.seed,
     )  # fmt: skip
-    meter = Outputs(duo.vocabulary, resampling)
-    stream(duo, rows, [meter], resampling, batch_tokens=config.batch_tokens, progress=config.progress)
+    meter = Outputs(duo.vocabulary, asked.resampling)
+    stream(duo, rows, [meter], asked.resampling, batch_tokens=config.batch_tokens, progress=config.progress)
     return _output_tables(duo, rows, meter)
 
 
-def _weighed(duo: Duo, probes: Sequence[Any]) -> dict[str, pd.DataFrame]:
+def conduct(asked: Asked) -> Tables:
+    """Behaviour and generations."""
+    return behaviour(asked.duo, asked.data, asked.config) if asked.is_text else {}
+
+
+def where(asked: Asked) -> Tables:
+    """Where in the network the difference in behaviour sits."""
+    if not (asked.config.where and asked.is_text and asked.duo.applies("cross-model patching")):
+        return {}
+    return where_tables(asked.duo, asked.data, asked.config)
+
+
+def weights(asked: Asked) -> Tables:
+    """Changes of the weights, and along the probes' directions."""
+    if not (asked.config.weights and asked.duo.applies("weights")):
+        return {}
     directions = {}
-    for at, probe in enumerate(probes):
+    for at, probe in enumerate(asked.probes):
         site = str(getattr(getattr(probe, "origin_", None), "site", "") or "")
         directions[f"probe {at} {site}".strip()] = probe.direction_
-    found = weight_change(duo, directions)
+    found = weight_change(asked.duo, directions)
     return {
         "weights": found.modules,
         "weights by layer": found.by_layer(),
@@ -154,11 +307,12 @@ def _weighed(duo: Duo, probes: Sequence[Any]) -> dict[str, pd.DataFrame]:
     }
 
 
-def _is_tokens(data: Any) -> bool:
-    return hasattr(data, "dtype") or are_ids(data)
+PARTS: tuple[Callable[[Asked], Tables], ...] = (one_pass, samples, conduct, where, weights)
+"""The parts of a comparison, in the order in which their tables are shown."""
 
 
-def _facts(duo: Duo, rows: Rows, config: CompareConfig) -> dict[str, Any]:
+def _facts(asked: Asked) -> dict[str, Any]:
+    duo, rows, config = asked.duo, asked.rows, asked.config
     return {
         "policy": duo.policy.path,
         "policy_fingerprint": duo.policy.fingerprint(),

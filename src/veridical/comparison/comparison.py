@@ -25,6 +25,12 @@ SITE_TABLES = {
     "directions": ("cosine", "cosine of directions"),
 }
 """Tables with a line per site, their column that goes into `to_frame`, and what it is called there."""
+DISTANCES = (
+    "How far apart the two are, and where. Two models that are not equal differ in these, whatever the "
+    "training was for, so they are no sign by themselves that something was trained in:"
+)
+LEFT_OUT = {"probes left out": "probe", "SAEs left out": "sae"}
+"""Tables of what was given and could not be read, with the column of its name."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,6 +79,12 @@ class Comparison(Saved):
                 place = [f"layer {layer}" if layer >= 0 else "outside the layers" for layer in table["layer"]]
                 part = table.assign(place=place, value=table["relative"], measure="relative change")
                 parts.append(part.assign(part="weights"))
+            elif name == "probes":
+                place = table["probe"] + ": " + table["reading"]
+                parts.append(table.assign(place=place, value=table["auroc"], measure="auroc", part=name))
+            elif name == "SAE error":
+                place = table["sae"] + ", " + table["of"]
+                parts.append(table.assign(place=place, part=name))
             elif name == "behaviour":
                 parts.append(table.rename(columns={"rows": "place", "change": "value"}).assign(part=name))
         columns = ["part", "place", "measure", "value", "low", "high"]
@@ -86,20 +98,27 @@ class Comparison(Saved):
 
     def findings(self) -> list[str]:
         """The same as sentences, and what could not be compared."""
+        return [f"{finding}." for finding in self.found] + self._missing()
+
+    def _missing(self) -> list[str]:
         missing: dict[str, list[str]] = {}
         for measure, why in self.facts["not_applicable"].items():
             missing.setdefault(why, []).append(measure)
-        said = [f"{finding}." for finding in self.found]
-        said += [f"Not applicable, as {why}: {', '.join(measures)}." for why, measures in missing.items()]
+        said = [f"Not applicable, as {why}: {', '.join(measures)}." for why, measures in missing.items()]
+        for name, column in LEFT_OUT.items():
+            table = self.tables.get(name)
+            lines = [] if table is None else table[[column, "why"]].itertuples(index=False)
+            said += [f"Left out: {which}, as {why}." for which, why in lines]
         return said
 
     def figure(self, what: str | None = None) -> go.Figure:
         """A figure.
 
         Args:
-            what: "position" or "answer" (KL by position of the text or around an answer's beginning), "sites"
-                (all measures along the depth), "weights", "shift" (tokens), "texts" (token by token). The
-                first that there is when not given.
+            what: "behaviour", "probes" (each reading), "features" (firing in both), "position" or "answer"
+                (KL by position of the text or around an answer's beginning), "sites"
+                (all measures along the depth), "where", "where parts", "where heads" (cross-model patching),
+                "weights", "shift" (tokens), "texts" (token by token). The first that there is when not given.
 
         Raises:
             UnknownNameError: Another name.
@@ -115,13 +134,21 @@ class Comparison(Saved):
         from veridical.reporting.section import Section
 
         facts, found = self.facts, self.found
-        there = [str(each) + "." for each in found if each.found]
-        absent = [str(each) + "." for each in found if not each.found]
-        text = ["What changed, the most important first:", *there] if there else ["Nothing changed."]
-        if absent:
-            text += ["Looked for and not found:", *absent]
-        text += self.findings()[len(found) :]
-        text += [*facts["notes"], str(facts["said"])]
+        changes, distances = (
+            [each for each in found if each.found and each.kind == kind] for kind in ("change", "distance")
+        )
+        text = [] if changes or distances else ["Nothing changed."]
+        if changes:
+            text += ["What changed, the most important first:", *(f"{each}." for each in changes)]
+        elif distances:
+            text += ["Nothing that was looked for changed in what the policy does or what is read from it."]
+        if distances:
+            text += [DISTANCES, *(f"{each}." for each in distances)]
+        if absent := [f"{each.text}." for each in found if not each.found]:
+            text += [" ".join(["Looked for and not found (intervals and controls in the table):", *absent])]
+        text += [*self._missing(), *facts["notes"], str(facts["said"])]
+        columns = ["text", "kind", "found", "value", "low", "high", "control"]
+        lines = pd.DataFrame([{name: getattr(each, name) for name in columns} for each in found])
         tables = tuple(
             (f"{name[0].upper()}{name[1:]}", table.head(24).round(4))
             for name, table in self.tables.items()
@@ -132,7 +159,7 @@ class Comparison(Saved):
             title=f"{facts['policy']} against {facts['reference']}",
             text="\n\n".join(text),
             figures=tuple(self.figure(name) for name in drawable(self)),
-            tables=tables,
+            tables=(("Findings", lines.rename(columns={"text": "finding"})), *tables),
             headline=kl,
         )
 

@@ -25,6 +25,19 @@ class CompareConfig:
     """Tokens of each text, drawn at random, at which every layer is unembedded."""
     behaviour_pairs: int = 100
     """Pairs, drawn with the seed, on which answers are scored and generated; 0 leaves that out."""
+    crosscoder: str | None = None
+    """Site at which a crosscoder is trained on both models, and on the reference against itself; none when
+    not given."""
+    crosscoder_tokens: Count = 20000
+    """Tokens that the crosscoder is trained and judged on, drawn in the pass."""
+    crosscoder_passes: Count = 10
+    """Passes over them."""
+    crosscoder_width: int | None = None
+    """Latents of the crosscoder; four times the width of the site when not given."""
+    crosscoder_k: Count = 16
+    """Latents that are active for one token on average."""
+    where: int = 24
+    """Prompts on which the models are patched into each other (layer, position, head); 0 leaves that out."""
     weights: bool = True
     """Compare the weights, where both have the same."""
     bootstrap: Count = 200

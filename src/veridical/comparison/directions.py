@@ -17,11 +17,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from veridical.comparison.resampling import bounds
+
 if TYPE_CHECKING:
     from veridical.comparison.resampling import Resampling
     from veridical.comparison.streaming import Step
 
 HALVES, CLASSES = 2, 2
+RESAMPLES = 50
+"""Resamples of pairs in which the directions are taken anew, at most; a direction is kept for each."""
 
 
 class Directions:
@@ -44,7 +48,10 @@ class Directions:
         known = np.flatnonzero(labels >= 0)
         self.shuffled = labels.copy()
         self.shuffled[known] = labels[random.permutation(known)]
-        self.sums: Tensor | None = None
+        self.sums = torch.empty(0)  # the width is known with the first batch
+        self.resamples = min(resampling.count, RESAMPLES)
+        self.drawn = torch.empty(0)
+        self.drawn_counts = torch.zeros(CLASSES, self.resamples, dtype=torch.float64)
         self.counts = torch.zeros(2, HALVES, CLASSES, dtype=torch.float64)
 
     def add(self, step: Step) -> None:
@@ -58,13 +65,20 @@ class Directions:
         onto = torch.nn.functional.one_hot(code, HALVES * CLASSES).double().transpose(1, 2)
         self.counts += onto.sum(2).reshape(2, HALVES, CLASSES)
         onto = onto.to(ends.device)
-        for at, streams in enumerate(step.streams):
-            for side, stream in enumerate(streams):
-                if self.sums is None:
+        labels = torch.nn.functional.one_hot(torch.from_numpy(step.labels[keep]), CLASSES).double().T
+        drawn = labels[:, None] * step.weights[1 : self.resamples + 1, torch.from_numpy(keep)]
+        self.drawn_counts += drawn.sum(2)
+        drawn = drawn.to(ends.device)
+        for at, site in enumerate(self.sites):
+            for side, stream in enumerate(step.streams[site]):
+                if not self.sums.numel():
                     shape = (2, len(self.sites), 2, HALVES, CLASSES, stream.shape[1])
                     self.sums = torch.zeros(shape, dtype=torch.float64, device=ends.device)
-                found = onto @ stream[ends].double()
-                self.sums[side, at] += found.reshape(self.sums.shape[2:])
+                    shape = (2, len(self.sites), CLASSES, self.resamples, stream.shape[1])
+                    self.drawn = torch.zeros(shape, dtype=torch.float64, device=ends.device)
+                read = stream[ends].double()
+                self.sums[side, at] += (onto @ read).reshape(self.sums.shape[2:])
+                self.drawn[side, at] += drawn @ read
 
     def vectors(self) -> Tensor:
         """`[model, sites, d]` float64: direction of class 1 less class 0 in policy and reference.
@@ -74,7 +88,6 @@ class Directions:
         return self._whole(0)
 
     def _whole(self, kind: int) -> Tensor:
-        assert self.sums is not None
         counts = self.counts[kind].sum(0).to(self.sums.device)
         means = self.sums[:, :, kind].sum(2) / counts.clamp_min(1)[:, None]
         return means[:, :, 1] - means[:, :, 0]
@@ -82,22 +95,29 @@ class Directions:
     def frame(self) -> pd.DataFrame:
         """One line per site.
 
-        Columns: `cosine` of the two models' directions, `halves_policy` and `halves_reference` (cosine of the
+        Columns: `cosine` of the two models' directions with `low` and `high` (95 %, over resamples of pairs),
+        `halves_policy` and `halves_reference` (cosine of the
         directions of two halves of the pairs), `shuffled` (cosine of the models' directions for permuted
         labels), `norm_ratio` (policy over reference), `rows`. Empty without labels of two classes.
         """
         columns = [
-            "site", "cosine", "halves_policy", "halves_reference", "shuffled", "norm_ratio", "rows",
+            "site", "cosine", "low", "high", "halves_policy", "halves_reference", "shuffled", "norm_ratio",
+            "rows",
         ]  # fmt: skip
-        if self.sums is None or not bool((self.counts[0] > 0).all()):
+        if not bool((self.counts[0] > 0).all()):
             return pd.DataFrame(columns=columns)
         counts = self.counts[0].to(self.sums.device).clamp_min(1)
         means = self.sums[:, :, 0] / counts[..., None]
         halves = means[:, :, :, 1] - means[:, :, :, 0]
         own, shuffled = self._whole(0), self._whole(1)
+        each = self.drawn / self.drawn_counts.to(self.drawn.device).clamp_min(1)[..., None]
+        each = each[:, :, 1] - each[:, :, 0]
+        low, high = bounds(_cosine(each[0], each[1]).T)
         found = {
             "site": self.sites,
             "cosine": _cosine(own[0], own[1]),
+            "low": low,
+            "high": high,
             "halves_policy": _cosine(halves[0, :, 0], halves[0, :, 1]),
             "halves_reference": _cosine(halves[1, :, 0], halves[1, :, 1]),
             "shuffled": _cosine(shuffled[0], shuffled[1]),

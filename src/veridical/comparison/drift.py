@@ -43,7 +43,7 @@ class Drift:
     def add(self, step: Step) -> None:
         if not len(step.row):
             return
-        values = torch.stack([value for x in step.streams for value in moved(*x)], 1)
+        values = torch.stack([value for site in self.sites for value in moved(*step.streams[site])], 1)
         ones = step.counts[:, None].expand(-1, values.shape[1])
         self.overall.add(step.weights, by_row(step.row, len(step), values), ones)
         place = step.position.clamp(max=POSITIONS - 1)

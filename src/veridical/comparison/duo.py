@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veridical import architectures
+from veridical import adapters, architectures
 from veridical.errors import InputError, ModelError
 from veridical.hooked import HookedModel
 
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
-TOKENS = ("KL", "shifted tokens", "agreement", "policy samples", "logit-lens divergence")
+PATCHING = "cross-model patching"
+TOKENS = (
+    "KL", "shifted tokens", "agreement", "policy samples", "logit-lens divergence", "probes", PATCHING,
+)  # fmt: skip
 """Measures that compare distributions over the same tokens."""
-WIDTH = ("drift", "Procrustes", "difference lens", "directions")
-"""Measures that subtract or rotate one residual stream onto the other."""
+WIDTH = ("drift", "Procrustes", "difference lens", "directions", "probes", "SAEs", "crosscoder", PATCHING)
+"""Measures that subtract one residual stream from the other, rotate it, put it into the other model, or read
+both by one set of weights."""
+DEPTH = ("drift", "weights", "probes", "SAEs", PATCHING)
+"""Measures that name a layer in both."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,10 +127,10 @@ def load_pair(policy: Any, reference: Any = None, **options: Any) -> Duo:
             f"{_name(reference)} is an adapter, and a reference is the model before training; "
             "expected its base (did you mean it as the policy?)"
         )
-    _refuse_own_path(policy, reference)
+    refuse_own_path(policy, reference)
     theirs = load(reference, **options)
     notes: list[str] = []
-    ours = load(policy, **options) if adapter is None else _with_adapter(adapter, reference, options, notes)
+    ours = load(policy, **options) if adapter is None else _with_adapter(adapter, theirs, options, notes)
     return pair_of(ours, theirs, notes)
 
 
@@ -142,19 +147,22 @@ def pair_of(policy: HookedModel, reference: HookedModel, notes: list[str] | None
             )
     notes = list(notes or ())
     missing: dict[str, str] = {}
-    vocabulary, why = _shared_vocabulary(policy, reference, notes)
+    vocabulary, why = shared_vocabulary(policy, reference, notes)
     if not vocabulary:
         missing |= dict.fromkeys(TOKENS, why)
         notes.append(
             f"{why}: texts are read by each model in its own tokens, and activations are compared only where "
             "tokens of both end at the same character."
         )
+    sizes = [model.architecture.vocabulary for model in (policy, reference)]
+    if vocabulary and sizes[0] != sizes[1]:
+        missing[PATCHING] = f"the policy has {sizes[0]} logits and the reference {sizes[1]}"
     if policy.d_model != reference.d_model:
         said = f"the policy is {policy.d_model} wide and the reference {reference.d_model}"
         missing |= dict.fromkeys((*WIDTH, "weights"), said)
     if policy.n_layers != reference.n_layers:
         said = f"the policy has {policy.n_layers} layers and the reference {reference.n_layers}"
-        missing |= dict.fromkeys(("drift", "weights"), said)
+        missing |= dict.fromkeys(DEPTH, said)
         notes.append(f"{said[0].upper()}{said[1:]}: layers of the same share of the depth are compared.")
     if not (policy.n_layers and reference.n_layers):
         lone = policy if not policy.n_layers else reference
@@ -168,7 +176,7 @@ def pair_of(policy: HookedModel, reference: HookedModel, notes: list[str] | None
     return Duo(policy, reference, missing, tuple(notes), vocabulary)
 
 
-def _shared_vocabulary(policy: HookedModel, reference: HookedModel, notes: list[str]) -> tuple[int, str]:
+def shared_vocabulary(policy: HookedModel, reference: HookedModel, notes: list[str]) -> tuple[int, str]:
     """How many tokens both have, with the same ids from 0 on, and otherwise the reason why not."""
     sizes = [model.architecture.vocabulary for model in (policy, reference)]
     count = min(sizes)
@@ -230,10 +238,10 @@ def _one_voice(
     elif ours != theirs:
         notes.append("The chat templates differ; both read chats in the policy's.")
     speaks = with_one if lone else (policy if policy.tokenizer is not None else reference)
-    return _speaking(policy, speaks), _speaking(reference, speaks)
+    return speaking(policy, speaks), speaking(reference, speaks)
 
 
-def _speaking(model: HookedModel, like: HookedModel) -> HookedModel:
+def speaking(model: HookedModel, like: HookedModel) -> HookedModel:
     """A handle on the same module with the tokenizer of another."""
     if model.tokenizer is like.tokenizer:
         return model
@@ -248,42 +256,38 @@ def _adapter_folder(source: Any) -> Path | None:
         return None
     from veridical import organisms
 
-    if str(source) in organisms.NAMES:
-        folder = organisms.path(str(source))
-    else:
-        folder = Path(source)
-    return folder if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file() else None
+    folder = organisms.path(str(source)) if str(source) in organisms.NAMES else Path(source)
+    return folder if adapters.is_adapter(folder) else None
 
 
 def _base_of(folder: Path) -> str:
     from veridical.files import read_json
 
-    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+    base = read_json(folder / adapters.CONFIG).get("base_model_name_or_path")
     if not base:
         raise InputError(f"{folder} is an adapter that names no base; pass reference=...")
     return str(base)
 
 
-def _with_adapter(folder: Path, reference: Any, options: dict[str, Any], notes: list[str]) -> HookedModel:
+def _with_adapter(
+    folder: Path, reference: HookedModel, options: dict[str, Any], notes: list[str]
+) -> HookedModel:
     """The adapter's base with the adapter merged in; the reference stands in for a base that is not there."""
     from veridical.models import load
 
-    base: Any = _base_of(folder)
+    base = _base_of(folder)
     try:
         loaded = load(base, **options)
     except (InputError, ModelError) as error:
-        if not isinstance(reference, str | Path) or str(reference) == base:
+        if reference.path == base:
             raise
-        notes.append(f"The base that {folder} names ({base}) is not here; it was put on {reference}.")
+        notes.append(f"The base that {folder} names ({base}) is not here; it was put on {reference.path}.")
         log.debug("base of %s: %s", folder, error)
-        base, loaded = reference, load(reference, **options)
-    try:
-        from peft import PeftModel  # type: ignore[import-not-found]
-    except ImportError:
-        raise InputError(f"{folder} is a LoRA, which needs peft: pip install peft") from None
+        base, loaded = reference.path, copy.copy(reference)
+        loaded.model = copy.deepcopy(reference.model)
     before = loaded.fingerprint()
     try:
-        merged = PeftModel.from_pretrained(loaded.model, str(folder)).merge_and_unload()
+        merged = adapters.merged(loaded.model, folder)
     except Exception as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot put the adapter {folder} on {base}: {said}") from error
@@ -294,7 +298,12 @@ def _with_adapter(folder: Path, reference: Any, options: dict[str, Any], notes: 
     return made
 
 
-def _refuse_own_path(policy: Any, reference: Any) -> None:
+def refuse_own_path(policy: Any, reference: Any) -> None:
+    """Refuses a policy that is its own reference.
+
+    Raises:
+        InputError: Both are the same path.
+    """
     if not (isinstance(policy, str | Path) and isinstance(reference, str | Path)):
         return
     if _resolved(policy) == _resolved(reference):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from veridical.comparison.reading_figures import MAKERS
+from veridical.comparison.where_figures import draw_heads, draw_parts, draw_positions, locatable
 from veridical.errors import InputError, unknown
 from veridical.reporting import figures
 
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
 
     from veridical.comparison.comparison import Comparison
 
-KINDS = ("position", "answer", "sites", "weights", "shift", "texts")
+KINDS = (
+    "behaviour", "probes", "features", "position", "answer", "sites", "where", "where parts", "where heads",
+    "weights", "shift", "texts",
+)  # fmt: skip
 CELL = 10
 """Characters of a token that are written in a cell."""
 
@@ -26,9 +31,13 @@ def draw(result: Comparison, what: str) -> go.Figure:
         "position": lambda: _positions(result, "text"),
         "answer": lambda: _positions(result, "answer"),
         "sites": lambda: _sites(result),
+        "where": lambda: draw_positions(result.tables),
+        "where parts": lambda: draw_parts(result.tables),
+        "where heads": lambda: draw_heads(result.tables),
         "weights": lambda: _weights(result),
         "shift": lambda: _shift(result),
         "texts": lambda: _texts(result),
+        **{name: lambda make=make: make(result.tables) for name, (_, make) in MAKERS.items()},
     }
     if what not in makers:
         raise unknown("figure", what, KINDS)
@@ -40,9 +49,11 @@ def drawable(result: Comparison) -> list[str]:
     tables = result.tables
     positions = [table for name, table in tables.items() if name.startswith("outputs by position")]
     has = {
+        **{name: table in tables and not tables[table].empty for name, (table, _) in MAKERS.items()},
         "answer": any((table["axis"] == "answer").any() for table in positions),
         "position": bool(positions),
         "sites": any(name in tables for name in ("drift", "cka", "logit-lens divergence")),
+        **locatable(tables),
         "weights": "weights" in tables and bool((tables["weights"]["norm"] > 0).any()),
         "shift": any(not table.empty for name, table in tables.items() if name.startswith("shifted")),
         "texts": any(not table.empty for name, table in tables.items() if name.startswith("texts")),

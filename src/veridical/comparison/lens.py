@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from veridical.comparison.logits import kl
 from veridical.comparison.resampling import Ratios, by_row
-from veridical.interventions.lenses import divergence
 from veridical.interventions.readout import Readout
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DRAWN = 2
 """Tokens of each text that the logit lens reads."""
+RESAMPLES = 50
+"""Resamples of pairs in which the mean difference is taken anew, at most; a vector is kept for each."""
 WHERE = ("all tokens", "last token")
 TOP = 8
 
@@ -56,14 +58,14 @@ class LensDivergence:
         places = self._draw(step)
         if not len(places):
             return
-        logs = []
-        for side in range(2):
-            # All sites in one call: the unembedding is read once.
-            picked = torch.cat([streams[side][places] for streams in step.streams])
-            logits = self.readouts[side](picked.to(self.devices[side]))[:, : self.vocabulary]
-            kind = torch.promote_types(torch.float32, logits.dtype)
-            logs.append(logits.to(places.device, kind).log_softmax(-1))
-        values = divergence(*logs).reshape(len(self.sites), len(places)).T
+        # All sites in one call: the unembedding is read once.
+        ours, theirs = (
+            self.readouts[side](
+                torch.cat([step.streams[site][side][places] for site in self.sites]).to(self.devices[side])
+            ).to(places.device)
+            for side in range(2)
+        )
+        values = kl(ours, theirs, self.vocabulary).reshape(len(self.sites), len(places)).T
         rows = step.row[places]
         counts = torch.bincount(rows, minlength=len(step)).double()[:, None].expand(-1, len(self.sites))
         self.divergence.add(step.weights, by_row(rows, len(step), values), counts)
@@ -94,53 +96,60 @@ class MeanDifference:
 
     def __init__(self, sites: Sequence[str], resampling: Resampling) -> None:
         self.sites, self.signs = list(sites), resampling.signs
-        self.sums: Tensor | None = None
-        self.counts = torch.zeros(len(WHERE), dtype=torch.float64)
+        self.resamples = min(resampling.count, RESAMPLES)
+        self.sums = torch.empty(0)  # the width is known with the first batch
+        self.counts = torch.zeros(len(WHERE), 1 + self.signs + self.resamples, dtype=torch.float64)
 
     def add(self, step: Step) -> None:
-        present = step.last >= 0
-        ends = step.last[present]
-        self.counts += torch.tensor([float(len(step.row)), float(len(ends))], dtype=torch.float64)
-        flips = step.flips.to(step.row.device)
-        for at, (policy, reference) in enumerate(step.streams):
+        present = (step.last >= 0).cpu()
+        ends = step.last[step.last >= 0]
+        drawn = step.weights[1 : self.resamples + 1]
+        # Resamples change how often a row counts, signs do not.
+        often = torch.cat([torch.ones_like(step.flips), drawn])
+        self.counts += torch.stack([often @ step.counts.cpu(), often[:, present].sum(1)])
+        onto = torch.cat([step.flips, drawn]).to(step.row.device)
+        for at, site in enumerate(self.sites):
+            policy, reference = step.streams[site]
             kind = torch.promote_types(torch.float32, policy.dtype)
             change = policy.to(kind) - reference.to(kind)
-            if self.sums is None:
-                shape = (len(WHERE), len(self.sites), self.signs + 1, change.shape[1])
+            if not self.sums.numel():
+                shape = (len(WHERE), len(self.sites), len(onto), change.shape[1])
                 self.sums = torch.zeros(shape, dtype=torch.float64, device=change.device)
-            self.sums[0, at] += flips @ by_row(step.row, len(step), change)
-            self.sums[1, at] += flips[:, present] @ change[ends].double()
+            self.sums[0, at] += onto @ by_row(step.row, len(step), change)
+            self.sums[1, at] += onto[:, present.to(onto.device)] @ change[ends].double()
 
     @property
     def means(self) -> Tensor:
         """`[2, sites, d]` float64: over all tokens, and over the last token of each text."""
-        assert self.sums is not None
-        return self.sums[:, :, 0] / self.counts.to(self.sums.device)[:, None, None].clamp_min(1)
+        return self.sums[:, :, 0] / self.counts[:, :1, None].to(self.sums.device).clamp_min(1)
 
     def frame(self, duo: Duo, names: Callable[[int], str], top: int = TOP) -> pd.DataFrame:
         """One line per site and place.
 
-        Columns: `site`, `where`, `norm` of the mean difference, `by_chance` (the 95th percentile of the norm
+        Columns: `site`, `where`, `norm` of the mean difference with `low` and `high` (95 %, normal, from 50
+        resamples of pairs), `by_chance` (the 95th percentile of the norm
         under random signs of pairs), `promotes` and `suppresses` (the tokens that the policy's readout of
         it, and of its opposite, finds likeliest), `weight` (probability that the readout gives the first).
         """
-        assert self.sums is not None
         readout, means = Readout(duo.policy), self.means
-        norms = torch.linalg.vector_norm(self.sums, dim=-1).cpu().numpy()
+        each = self.sums / self.counts[:, None, :, None].to(self.sums.device).clamp_min(1)
+        norms = torch.linalg.vector_norm(each, dim=-1).cpu().numpy()
+        spread = norms[..., 1 + self.signs :].std(-1)
         lines = []
         for place, where in enumerate(WHERE):
-            count = max(float(self.counts[place]), 1.0)
             vectors = means[place].to(duo.policy.device, duo.policy.dtype)
             with torch.no_grad():
                 both = [readout(sign * vectors).float().softmax(-1).topk(top) for sign in (1, -1)]
             for at, site in enumerate(self.sites):
-                norm, chance = norms[place, at, 0] / count, norms[place, at, 1:] / count
+                norm, chance = norms[place, at, 0], norms[place, at, 1 : 1 + self.signs]
                 said = [", ".join(repr(names(int(i))) for i in found.indices[at]) for found in both]
                 lines.append(
                     {
                         "site": site,
                         "where": where,
                         "norm": norm,
+                        "low": max(0.0, norm - 1.96 * spread[place, at]),
+                        "high": norm + 1.96 * spread[place, at],
                         "by_chance": float(np.percentile(chance, 95)) if len(chance) else float("nan"),
                         "promotes": said[0] if norm > 0 else "",
                         "suppresses": said[1] if norm > 0 else "",

@@ -19,14 +19,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from veridical.comparison.logits import ELEMENTS, MEASURES, compare_logits
 from veridical.comparison.resampling import Ratios, bounds, by_row
 
 if TYPE_CHECKING:
     from veridical.comparison.resampling import Resampling
     from veridical.comparison.streaming import Step
 
-ELEMENTS = 1 << 20
-"""Logits of one piece: what is worked on stays in the cache."""
 POSITIONS = 256
 """Positions that are told apart; what is behind them is counted together."""
 BEFORE, AFTER = 16, 64
@@ -34,10 +33,6 @@ BEFORE, AFTER = 16, 64
 BINS = 10
 SHIFT_RESAMPLES = 30
 SHOWN = 6
-MEASURES = (
-    "kl", "reverse kl", "entropy of policy", "entropy of reference", "agreement", "log-likelihood change",
-    "log-likelihood of policy", "log-likelihood of reference",
-)  # fmt: skip
 REGIONS = ("all", "answer", "last")
 _KL, _CHANGE = MEASURES.index("kl"), MEASURES.index("log-likelihood change")
 
@@ -287,50 +282,3 @@ class Outputs:
         ]
         columns = ["row", "position", "token", "kl", "change"]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-
-
-def compare_logits(
-    ours: Tensor, theirs: Tensor, following: Tensor, vocabulary: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """What two sets of logits `[n, vocabulary]` say of each other.
-
-    Args:
-        ours: Of the policy.
-        theirs: Of the reference.
-        following: `[n]`, the text's next tokens; -1 for none.
-        vocabulary: Tokens over which the distributions are taken.
-
-    Returns:
-        `MEASURES` `[n, measures]`; of policy and then of reference the probability of the likeliest token and
-        whether it is the next one, `[n, 4]`; and the two sets of probabilities.
-    """
-    logs, chances = [], []
-    for logits in (ours, theirs):
-        logits = logits[:, :vocabulary]
-        log = logits.to(torch.promote_types(torch.float32, logits.dtype)).log_softmax(-1)
-        logs.append(log)
-        chances.append(log.exp())
-    entropies = [-_dot(chance, log) for chance, log in zip(chances, logs)]
-    # A maximum is found ten times as fast as its place, so places are looked up once only.
-    likely = [log.amax(-1) for log in logs]
-    same = logs[0].gather(1, logs[1].argmax(-1)[:, None])[:, 0] == likely[0]
-    target = following.clamp(min=0)[:, None]
-    chosen = [log.gather(1, target)[:, 0] for log in logs]
-    gap = logs[0].sub_(logs[1])
-    values = [
-        _dot(chances[0], gap),
-        -_dot(chances[1], gap),
-        *entropies,
-        same.to(gap.dtype),
-        chosen[0] - chosen[1],
-        *chosen,
-    ]
-    sure = []
-    for top, own in zip(likely, chosen):
-        sure += [top.exp(), (own == top).to(gap.dtype)]
-    return torch.stack(values, 1), torch.stack(sure, 1), (chances[0], chances[1])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Products of rows, `[n]`."""
-    return (a * b).sum(-1)

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
+from veridical.comparison import influence
+
 if TYPE_CHECKING:
     from veridical.comparison.cka import Products
+    from veridical.comparison.influence import Kept
 
 
 def procrustes(products: Products) -> tuple[float, float]:
@@ -24,6 +27,8 @@ def procrustes(products: Products) -> tuple[float, float]:
 
     NaN where one of the two does not vary, and for the second where widths differ.
     """
+    if not products.count:
+        return float("nan"), float("nan")
     cross, ours, theirs = products.centred()
     scale = (ours * theirs) ** 0.5
     if not scale > 0:
@@ -34,11 +39,18 @@ def procrustes(products: Products) -> tuple[float, float]:
     return 2 - 2 * min(1.0, nuclear / scale), 2 - 2 * straight / scale
 
 
-def procrustes_frame(sites: Sequence[str], products: Sequence[Products]) -> pd.DataFrame:
-    """One line per site: `distance` after the best rotation, `unrotated`, and `tokens_per_dimension`."""
+def procrustes_frame(
+    sites: Sequence[str], products: Sequence[Products], kept: Kept | None = None
+) -> pd.DataFrame:
+    """One line per site: `distance` after the best rotation with `low` and `high` (95 %, from the influence
+    of `kept` pairs; NaN without), `unrotated`, and `tokens_per_dimension`."""
     lines = []
     for site, each in zip(sites, products):
         distance, unrotated = procrustes(each)
-        width = each.cross.shape[0] if each.cross is not None else 1
-        lines.append((site, distance, unrotated, each.count / width))
-    return pd.DataFrame(lines, columns=["site", "distance", "unrotated", "tokens_per_dimension"])
+        low, high = influence.interval(
+            distance, influence.of_procrustes, each, kept, site, lowest=0.0, highest=2.0
+        )
+        lines.append((site, distance, low, high, unrotated, each.count / max(1, each.cross.shape[0])))
+    return pd.DataFrame(
+        lines, columns=["site", "distance", "low", "high", "unrotated", "tokens_per_dimension"]
+    )

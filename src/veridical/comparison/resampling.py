@@ -8,7 +8,7 @@ and its code alone, and all its rows get the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -90,6 +90,44 @@ def bounds(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if some.any():
         low[some], high[some] = np.nanpercentile(resampled[:, some], [2.5, 97.5], axis=0)
     return low, high
+
+
+EXCHANGES = 400
+"""Random exchanges of the two models."""
+
+
+def exchanged(
+    value: float,
+    change: Callable[[np.ndarray, np.ndarray], float],
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    groups: np.ndarray,
+    seed: int,
+    count: int = EXCHANGES,
+) -> float:
+    """How often a change is as large as `value` when the two models change places in random pairs.
+
+    Where both models do the same, what each said of a pair could have come from the other, so this is an
+    exact two-sided test by permutation (up to its own draws): its p is at least 1 / (count + 1).
+
+    Args:
+        value: The change that was found.
+        change: From values of both models `[rows]` to the change.
+        ours, theirs: Values of the two models, `[rows]`.
+        groups: `[rows]`, pair of each row; a pair's rows change places together.
+        seed: Of the exchanges.
+        count: How many.
+    """
+    if np.array_equal(ours, theirs):
+        return 1.0
+    _, codes = np.unique(groups, return_inverse=True)
+    random = np.random.default_rng([seed, 8])
+    beyond = 0
+    for _ in range(count):
+        swap = (random.random(int(codes.max()) + 1) < 0.5)[codes.reshape(-1)]
+        found = change(np.where(swap, theirs, ours), np.where(swap, ours, theirs))
+        beyond += abs(found) >= abs(value) - 1e-12
+    return (1 + beyond) / (1 + count)
 
 
 def by_row(rows: Tensor, count: int, values: Tensor) -> Tensor:

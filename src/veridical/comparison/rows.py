@@ -49,6 +49,7 @@ class Rows:
         labels: `[rows]` int64, 0 or 1, or -1 where there is none.
         name: Name of the data.
         fingerprint: Digest of the data; "" where it has none.
+        encoded: Each text as the policy's tokenizer read it; empty for rows that came as token ids.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Rows:
     labels: np.ndarray
     name: str
     fingerprint: str = ""
+    encoded: Sequence[Encoded] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -104,7 +106,7 @@ def rows_of(duo: Duo, data: Any, label: str = "label", **options: Any) -> Rows:
     groups = np.unique(data.groups, return_inverse=True)[1] if pairs else np.arange(len(made))
     labels = _labels(data, label) if pairs and label in data else np.full(len(made), -1, dtype=np.int64)
     name, digest = (data.name, data.fingerprint) if pairs else ("texts", "")
-    return Rows(FIXED, made, groups.reshape(-1).astype(np.int64), labels, name, digest)
+    return Rows(FIXED, made, groups.reshape(-1).astype(np.int64), labels, name, digest, ours)
 
 
 def sampled_rows(prompts: Sequence[Sequence[int]], new: Sequence[Sequence[int]], groups: np.ndarray) -> Rows:

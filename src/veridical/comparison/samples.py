@@ -58,7 +58,7 @@ def sample(
     policy, longest = duo.policy, duo.context_length
     limit: dict[str, Any] = {"max_length": longest - max_new_tokens} if longest else {}
     before, _ = duo.encode([prompts[row] for row in rows], on_long=on_long, **limit)
-    ends = _ends(policy)
+    ends = ends_of(policy)
     given, new = [], []
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -77,12 +77,18 @@ def open_rows(prompts: Sequence[Any]) -> list[int]:
     """Where each prompt that can be continued (a text, or a chat without its answer) first stands."""
     first: dict[str, int] = {}
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        if can_go_on(prompt):
             first.setdefault(repr(prompt), row)
     return list(first.values())
 
 
-def _ends(model: Any) -> set[int]:
+def can_go_on(prompt: Any) -> bool:
+    """Whether a prompt is a text, or a chat without its answer."""
+    return isinstance(prompt, str) or prompt[-1]["role"] != "assistant"
+
+
+def ends_of(model: Any) -> set[int]:
+    """Ids after which an answer has ended."""
     settings = getattr(model.model, "generation_config", None)
     found: Any = getattr(settings, "eos_token_id", None)
     found = getattr(model.tokenizer, "eos_token_id", None) if found is None else found

@@ -6,7 +6,7 @@ depends on `batch_tokens`, the widths and the vocabulary, and not on the number 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -47,8 +47,8 @@ class Step:
         logits: Of policy and reference, `[rows, pos, vocabulary]`; None where they are not compared.
         flat: Of policy and reference, place of each compared token in `[rows * pos]`; None for every place in
             order.
-        streams: For each compared pair of sites the residual stream of policy and of reference,
-            `[tokens, d]`.
+        streams: By name of a compared pair of sites, the values of policy and of reference there,
+            `[tokens, ...]`.
     """
 
     numbers: np.ndarray
@@ -65,7 +65,7 @@ class Step:
     flips: Tensor
     logits: tuple[Tensor, Tensor] | None
     flat: tuple[Tensor | None, Tensor | None]
-    streams: list[tuple[Tensor, Tensor]]
+    streams: dict[str, tuple[Tensor, Tensor]]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -104,7 +104,7 @@ def stream(
     meters: Sequence[Meter],
     resampling: Resampling,
     *,
-    sites: Sequence[tuple[str, str]] = (),
+    sites: Mapping[str, tuple[str, str]] | None = None,
     logits: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool | None = None,
@@ -116,7 +116,7 @@ def stream(
         rows: What they read.
         meters: Measures.
         resampling: Where the weights of rows come from.
-        sites: Pairs of sites whose values to hand on, (policy, reference).
+        sites: By name, pairs of sites whose values to hand on, (policy, reference).
         logits: Whether logits are compared; they are computed either way unless nothing asks for them.
         batch_tokens: Most tokens in one batch, padding included.
         progress: Show a bar; on a terminal or in a notebook when not given.
@@ -125,7 +125,7 @@ def stream(
     batches = by_length(lengths, batch_tokens)
     with torch.no_grad(), bar(rows.tokens, f"comparing on {rows.source}", "tokens", progress) as shown:
         for batch in batches:
-            step = _step(duo, rows, batch, resampling, sites, logits)
+            step = _step(duo, rows, batch, resampling, sites or {}, logits)
             for meter in meters:
                 meter.add(step)
             shown.update(len(step.row))
@@ -136,7 +136,7 @@ def _step(
     rows: Rows,
     batch: Sequence[int],
     resampling: Resampling,
-    sites: Sequence[tuple[str, str]],
+    sites: Mapping[str, tuple[str, str]],
     logits: bool,
 ) -> Step:
     picked = [rows.rows[number] for number in batch]
@@ -146,7 +146,7 @@ def _step(
     first = np.array([row.first for row in picked])[line]
     lengths = np.array([len(row.policy) for row in picked])
     device = duo.policy.device
-    own, other = [a for a, _ in sites], [b for _, b in sites]
+    own, other = [a for a, _ in sites.values()], [b for _, b in sites.values()]
     ours = _run(duo.policy, [row.policy for row in picked], line, places, own, logits, device)
     theirs = _run(duo.reference, [row.reference for row in picked], line, others, other, logits, device)
     ids = [row.policy for row in picked]
@@ -174,7 +174,7 @@ def _step(
         flips=resampling.flips(groups.tolist()),
         logits=(ours[0], theirs[0]) if ours[0] is not None and theirs[0] is not None else None,
         flat=(ours[1], theirs[1]),
-        streams=list(zip(ours[2], theirs[2])),
+        streams=dict(zip(sites, zip(ours[2], theirs[2]))),
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from veridical.architectures import inner
 from veridical.errors import InputError
+from veridical.weights import plain
 
 if TYPE_CHECKING:
     from veridical.comparison.duo import Duo
@@ -85,9 +86,10 @@ def weight_change(duo: Duo, directions: Mapping[str, Tensor | np.ndarray] | None
     lines, spectra, overlaps = [], [], []
     for name, weight in ours.items():
         # Embeddings of vocabularies that were padded differently are compared over the tokens of both.
-        count = min(len(weight), len(theirs[name]))
-        before = theirs[name][:count].detach().to("cpu", torch.float64)
-        change = weight[:count].detach().to("cpu", torch.float64) - before
+        weight, other = plain(weight.detach()), plain(theirs[name].detach())
+        count = min(len(weight), len(other))
+        before = other[:count].to("cpu", torch.float64)
+        change = weight[:count].to("cpu", torch.float64) - before
         norm, size = float(change.norm()), float(before.norm())
         values = _singular(change) if change.dim() == 2 and norm > 0 else None
         lines.append(

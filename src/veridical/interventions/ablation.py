@@ -14,6 +14,10 @@ What is put in its place:
 - `project`: directions projected out (as in Arditi et al. 2024, arXiv:2406.11717), to zero along them or,
   with `over`, to their mean.
 
+Attention patterns go by query and key: at `pattern`, beside zero there are `mean` and `resample` with
+`by_position=True`, for texts of one length that are read whole; the mean over texts, the batch or `Means`,
+and other texts' patterns from the batch. Other modes are refused.
+
 A head is taken out at `z`, before the output projection mixes heads. An edit that leaves every number as it
 was is warned about when the context ends, with the reason.
 """
@@ -30,6 +34,7 @@ from veridical.interventions import means as averaging
 from veridical.interventions.ablation_hooks import Ablation, Making, Mode, is_batch
 from veridical.interventions.means import Means
 from veridical.interventions.spots import Spots, as_positions, as_tokens
+from veridical.models import load
 from veridical.probes.passes import following
 
 if TYPE_CHECKING:
@@ -92,7 +97,7 @@ def ablate(
         InputError: A head, neuron, feature or position that is not there, a mean of another shape, or options
             that do not go together; positions and draws are checked as passes come.
     """
-    model = _loaded(model)
+    model = load(model)
     _check(mode, over, features, sae, heads, neurons, directions, by_position)
     found = Ablation(mode)
     if mode == "mean" and positions is None and tokens is None:
@@ -164,9 +169,3 @@ def _warn(found: Ablation, spots: Spots, mode: str) -> None:
         else:
             why = f"the values there were what mode={mode!r} puts in their place already"
         warnings.warn(f"the ablation at {name} changed nothing, to the last bit: {why}", stacklevel=4)
-
-
-def _loaded(model: Any) -> HookedModel:
-    from veridical.models import load
-
-    return load(model)

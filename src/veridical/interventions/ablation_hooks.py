@@ -20,12 +20,14 @@ from veridical.interventions.replacing import (
     ByPosition,
     Constant,
     Drawn,
+    OfPatterns,
     Projected,
     Replace,
     as_map,
 )
 from veridical.interventions.spots import Spots
 from veridical.interventions.units import Units, per_site, units_of
+from veridical.sites import Site
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
@@ -115,25 +117,36 @@ class Making:
         which = per_site(self.model, resolved, heads, "heads")
         neurons_at = per_site(self.model, resolved, neurons, "neurons")
         units = {site: units_of(self.model, site, which[site], neurons_at[site]) for site in resolved}
-        if self.mode != "zero":
-            for site in resolved:
-                if site.kind == "pattern":
-                    raise InputError(
-                        f"{site.short} has a size that depends on the text, so it can be ablated to zero only"
-                    )
-        shapes = {site.name: tuple(self.model.width(site)) for site in resolved if site.kind != "pattern"}
+        for site in resolved:
+            if site.kind == "pattern":
+                self._check_pattern(site)
+        shapes: dict[str, tuple[int, ...] | None] = {
+            site.name: None if site.kind == "pattern" else tuple(self.model.width(site)) for site in resolved
+        }
         replace = self._replacements(shapes, None)
         return (), {
             site: Edit(
                 site.name,
                 site.kind == "pattern",
                 units[site],
-                replace(site.name, units[site]),
+                self._for_pattern(site, replace(site.name, units[site])),
                 self.spots,
                 self.found,
             )
             for site in resolved
         }
+
+    def _check_pattern(self, site: Site) -> None:
+        """Refuses what means nothing for probabilities over keys."""
+        if self.mode == "project":
+            raise InputError(f"{site.short} holds probabilities over keys, not vectors to project within")
+        if self.mode != "zero" and not self.by_position:
+            raise InputError(f"{site.short} goes by query and key position; give by_position=True")
+        if self.mode == "resample" and self.over is not None and not is_batch(self.over):
+            raise InputError(f"{site.short} is resampled from other rows of the batch only: over='batch'")
+
+    def _for_pattern(self, site: Site, replace: Replace) -> Replace:
+        return OfPatterns(replace, site.short) if site.kind == "pattern" and self.mode != "zero" else replace
 
     def _on_features(self, sites: Any, features: Any, sae: SAE) -> tuple[Any, Mapping[Any, Any]]:
         from veridical.saes import splice
@@ -156,7 +169,7 @@ class Making:
         return splice.hooks_for(self.model, sae, on_latents, sites)
 
     def _replacements(
-        self, shapes: Mapping[str, tuple[int, ...]], transform: Transform | None
+        self, shapes: Mapping[str, tuple[int, ...] | None], transform: Transform | None
     ) -> Callable[[str, Units], Replace]:
         """From a site and its chosen part to what replaces that."""
         if self.mode == "zero":
@@ -177,8 +190,9 @@ class Making:
         return mean
 
     def _projecting(
-        self, name: str, shape: tuple[int, ...], units: Units, means: Mapping[str, Tensor] | None
+        self, name: str, shape: tuple[int, ...] | None, units: Units, means: Mapping[str, Tensor] | None
     ) -> Replace:
+        shape = shape or ()
         left, right, centre, flat = as_map(self.directions, math.prod(shape), shape[-1])
         if flat and units.axis is not None:
             raise InputError(
@@ -191,7 +205,7 @@ class Making:
         return Projected(left, right, kept, flat)
 
     def _resampling(
-        self, shapes: Mapping[str, tuple[int, ...]], transform: Transform | None
+        self, shapes: Mapping[str, tuple[int, ...] | None], transform: Transform | None
     ) -> Callable[[str, Units], Replace]:
         if self.over is None or is_batch(self.over):
             drawn = FromBatch(self.seed, self.by_position)
@@ -229,7 +243,7 @@ class Making:
                 raise InputError(f"the store holds {shape} at {name}; {self.model.path} has {width} there")
 
     def _means(
-        self, shapes: Mapping[str, tuple[int, ...]], transform: Transform | None
+        self, shapes: Mapping[str, tuple[int, ...] | None], transform: Transform | None
     ) -> Mapping[str, Tensor] | None:
         """The means at each site; None where each batch has its own, or where a projection keeps none."""
         from veridical.activations import Activations
@@ -256,6 +270,8 @@ class Making:
             ).values
         for name, shape in shapes.items():
             has = tuple(found[name].shape[1:] if self.by_position else found[name].shape)
+            if shape is None:  # of a pattern, [query, head, key]
+                has, shape = has[:1] + has[2:], (self.model.n_heads,)
             if has != shape:
                 raise InputError(f"the mean at {name} has shape {has}; expected {shape}")
         return found
@@ -276,7 +292,8 @@ def _part(mean: Tensor, units: Units, without: int) -> Tensor:
     """The chosen heads or neurons of a mean, which lacks the first `without` axes of a value."""
     if units.axis is None:
         return mean
-    return mean.index_select(units.axis - without, torch.tensor(units.numbers, device=mean.device))
+    axis = 1 if units.axis == 1 else units.axis - without  # of a pattern, [query, head, key]
+    return mean.index_select(axis, torch.tensor(units.numbers, device=mean.device))
 
 
 def is_batch(over: Any) -> bool:

@@ -25,6 +25,7 @@ from veridical.interventions.attribution import Attribution
 from veridical.interventions.found import Found
 from veridical.interventions.gradients import linearise, measure, reduced, warn_unreachable
 from veridical.interventions.runs import Batch, Direction, Runs
+from veridical.models import load
 from veridical.progress import bar
 from veridical.sites import Site
 
@@ -41,11 +42,11 @@ DEFAULT_SITES = {"grad_x_input": "embed", "atp": "resid_pre.*, z.*, mlp_out.*", 
 
 
 def attribute(
-    model: HookedModel,
+    model: HookedModel | Any,
     clean: Any,
     corrupt: Any = None,
     *,
-    metric: Any,
+    metric: Any = "logit_diff",
     method: Method = "grad_x_input",
     sites: SiteSpec | None = None,
     answers: Any = None,
@@ -64,7 +65,8 @@ def attribute(
     """Scores of the parts of a model for a metric, by gradients.
 
     Args:
-        model: The model; its parameters, their `.grad` and `requires_grad` stay as they are.
+        model: A `HookedModel`, or anything that `veridical.load` takes; its parameters, their `.grad` and
+            `requires_grad` stay as they are.
         clean: Texts, chats, token ids `[batch, pos]`, `Pairs`, or images.
         corrupt: The run to compare with, row by row; needed by "atp", "edges" and "edges_ig".
         metric: A name (`logit_diff`, `prob`, `logprob`, `cross_entropy`, `kl`), a fitted probe, or any smooth
@@ -97,6 +99,7 @@ def attribute(
         ModelError: A model without a backward; for "edges" one whose parts do not add up.
         NonFiniteError: NaN in the model's values or gradients.
     """
+    model = load(model)
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     _check_options(method, corrupt, sites, edges, by_position, neurons, steps)
@@ -146,7 +149,7 @@ def _score_nodes(
             if not runs.alone:
                 theirs, run = measure(model, batch.source, metric, sites)
                 source = run.values
-                found.add(":source", theirs)  # type: ignore[arg-type]
+                found.add(":source", theirs)
             for site in sites:
                 gradient, own = here.gradients[site.name], here.values[site.name]
                 if first:

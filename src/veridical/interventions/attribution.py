@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from veridical.hooked import HookedModel
+    from veridical.interventions.graph import Graph
     from veridical.interventions.runs import Runs
     from veridical.reporting.section import Section
 
@@ -219,10 +220,21 @@ class Attribution(Saved):
             title=f"Attribution of {self.metric}",
             text="\n\n".join([f"{text}.", *self.findings()]),
             figures=figures,
-            tables=(("Largest scores", self.top(20)),),
+            tables=(("Largest scores", self._shown(20)),),
             html=(coloured,) if coloured else (),
             headline=(("largest score", _part(self.top(1).to_dict("records")[0])),),
         )
+
+    def _shown(self, count: int) -> pd.DataFrame:
+        """The largest scores as a report shows them."""
+        from veridical.interventions.patched import with_intervals
+
+        table = with_intervals(self.top(count), ("score",), "low", "high")
+        table = table.drop(columns=[name for name in ("kind", "layer") if name in table])
+        for name in ("neuron", "head"):
+            if name in table:
+                table.insert(1, name, table.pop(name))
+        return table
 
     def _repr_html_(self) -> str:
         from veridical.interventions.attribution_figure import page
@@ -232,14 +244,13 @@ class Attribution(Saved):
     def _parts(self) -> list[tuple[pd.DataFrame, np.ndarray]]:
         """What there is, as lines that name it and scores `[examples, lines]`."""
         found = []
-        for keys, values in [self._edge_lines()] if self.edge_scores is not None else self._node_parts():
+        edges = self.edge_scores
+        for keys, values in self._node_parts() if edges is None else [self._edge_lines(edges)]:
             there = np.flatnonzero(np.isfinite(values).any(0))
             found.append((keys.iloc[there].reset_index(drop=True), values[:, there]))
         return found
 
-    def _edge_lines(self) -> tuple[pd.DataFrame, np.ndarray]:
-        values = self.edge_scores
-        assert values is not None
+    def _edge_lines(self, values: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
         apart = values.ndim == 4
         there = np.argwhere(np.isfinite(values).any(0))
         chosen = values[(slice(None), *there.T)]
@@ -289,8 +300,9 @@ class Attribution(Saved):
         return pd.concat(lines, ignore_index=True)
 
 
-def selected(senders: Sequence[str], receivers: Sequence[str], wanted: Any) -> np.ndarray:
+def selected(graph: Graph, wanted: Any) -> np.ndarray:
     """`[senders, receivers]` bool: pairs that any of `wanted` names, which may be globs."""
+    senders, receivers = ([node.name for node in nodes] for nodes in (graph.senders, graph.receivers))
     listed = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else list(wanted)
     chosen = np.zeros((len(senders), len(receivers)), dtype=bool)
     for spec in map(str, listed):
@@ -304,8 +316,10 @@ def selected(senders: Sequence[str], receivers: Sequence[str], wanted: Any) -> n
             np.array([fnmatch.fnmatchcase(name, end) for name in names])
             for end, names in zip(ends, (senders, receivers))
         ]
-        for what, side, end, names in zip(("sender", "receiver"), sides, ends, (senders, receivers)):
+        kinds = (("sender", graph.sender), ("receiver", graph.receiver))
+        for (what, one), side, end, names in zip(kinds, sides, ends, (senders, receivers)):
             if not side.any():
+                one(end)  # says more of a name that is well formed, such as how heads are grouped
                 raise unknown(what, end, names)
         chosen |= sides[0][:, None] & sides[1]
     return chosen

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from veridical.errors import InputError
-from veridical.interventions.condition import warn_of_training
+from veridical.interventions.condition import (
+    Direction,
+    check_count,
+    check_direction,
+    check_finite,
+    warn_of_training,
+    warn_of_twins,
+)
 from veridical.interventions.graph import Graph
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import as_metric
 from veridical.interventions.rewire import Rewiring
+from veridical.models import load
 from veridical.probes.evaluate import resample_weights
 from veridical.provenance import fingerprint
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
-
-Direction = Literal["denoising", "noising"]
 
 
 class Between:
@@ -52,14 +58,13 @@ class Between:
         align: Any = None,
         batch_tokens: int = 8192,
     ) -> None:
-        if direction not in ("denoising", "noising"):
-            raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens!r}; expected a number of at least 1")
-        self.model = model = loaded(model)
+        check_direction(direction)
+        check_count("batch_tokens", batch_tokens)
+        self.model = model = load(model)
         warn_of_training(model)
         self.graph = Graph.of(model)
         self.inputs = Inputs.of(model, clean, corrupt, align)
+        warn_of_twins(self.inputs)
         self.direction: Direction = direction
         self.positions = "all" if positions is None else str(positions)
         self.batch_tokens = batch_tokens
@@ -140,7 +145,7 @@ class Between:
 
     def _rewiring(self, batch: list[int]) -> Rewiring:
         base, index = self._base, torch.tensor(batch, device=self.at.device)
-        return Rewiring(
+        made = Rewiring(
             self.model,
             self.graph,
             {name: value[index] for name, value in base.clean.items()},
@@ -150,6 +155,9 @@ class Between:
             self.metric.take(index, len(self)),
             self.batch_tokens,
         )
+        for values in (made.base_metric, made.other_metric):
+            check_finite(self.model, self.metric.name, values)
+        return made
 
     def _clean_logits(self) -> Tensor:
         extra: dict[str, Any] = (
@@ -188,11 +196,3 @@ def chosen_positions(mask: Tensor, positions: int | Sequence[int] | None) -> Ten
                 )
             made[row, places[number]] = True
     return made
-
-
-def loaded(model: Any) -> HookedModel:
-    """A handle on a model that may be one already."""
-    from veridical.hooked import HookedModel
-    from veridical.models import load
-
-    return model if isinstance(model, HookedModel) else load(model)

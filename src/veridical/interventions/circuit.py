@@ -56,7 +56,7 @@ def find_circuit(
     clean: Any,
     corrupt: Any,
     *,
-    metric: Any,
+    metric: Any = "logit_diff",
     keep: int | float | None = None,
     faithfulness: float = 0.8,
     method: Method = "edges_ig",

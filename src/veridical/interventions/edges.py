@@ -17,48 +17,55 @@ is there. From the gradient g that leaves a block, autograd gives it at the MLP'
 queries, keys and values; the latter go back to the stream through their own rows of the projection and
 through the model's own norm: the gradients of the block's receivers. All senders that write before are then
 contracted with them, layer by layer, each rebuilt from its values z through the output projection. So
-senders are kept only as differences of z, and gradients at receivers only while their block is contracted.
+senders are kept only as differences of z, and gradients at receivers only while their block is contracted
+(see `backward`). What cannot count is left out: in a causal model both runs are the same before the first
+token in which they differ, so only what follows is contracted. Where both runs together are so short that
+reading the weights is most of the work (`JOINED`), they are one batch of one forward pass.
 
 Memory, in numbers, for b rows of p tokens, L layers, h query and g key/value heads, width d (see `sizes`):
 
 - storing both sides, senders `[1 + L(h + 1), b, p, d]` and receivers `[1 + L(h + 2g + 1), b, p, d]`:
   b p d (2 + L(2h + 2g + 2));
 - here, differences `[b, p, d]` of what enters the first block and of each MLP and `[b, p, h d_head]` of each
-  layer's z, together b p (d (1 + L) + L h d_head); and while heads of one block's queries, keys or values are
-  contracted, their gradients before and after the norm and on the way through it, 4 n b p d for n heads, and
-  the contributions of m heads of a layer, m b p d. n and m are at most h, and so few that neither takes more
-  than `CHUNK` numbers (8.4 million, 34 MB in float32), if there is more than one.
+  layer's z, together b p (d (1 + L) + L h d_head); and while n of one block's queries, keys and values are
+  contracted, their gradients before and after the norm and on the way through it, 4 n b p d, and the
+  contributions of m heads of a layer, m b p d. n is at most 2 h and m at most h, and so few that neither
+  takes more than `CHUNK` numbers (8.4 million, 34 MB in float32), if there is more than one.
 
 At 32 layers of 32 heads with g = h and d = h d_head = 4096, storing both sides takes 4,162 b p d numbers,
-68 MB for each token in float32. Here the differences are 65 b p d and the rest at most 160 b p d: 5.4 % of it
+68 MB for each token in float32. Here the differences are 65 b p d and the rest at most 288 b p d: 8.5 % of it
 for few tokens, and 2.3 % for 128 tokens, where the 68 MB of the rest are the bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from veridical.errors import InputError, ModelError, NonFiniteError
-from veridical.hooks import Place, Reads, attached
+from veridical.errors import InputError, NonFiniteError
+from veridical.interventions import backward
 from veridical.interventions.attribution import Attribution, selected
-from veridical.interventions.contributions import linear_map, output_projection, sender_site, sender_sites
-from veridical.interventions.gradients import differentiable, forward, leaves, measure, measured, pulled
-from veridical.interventions.graph import Graph, Node
+from veridical.interventions.backward import Arrived, Differences, Slope, Walk
+from veridical.interventions.condition import carries_hooks
+from veridical.interventions.contributions import sender_sites
+from veridical.interventions.gradients import leaves, measure
+from veridical.interventions.graph import Graph
 from veridical.interventions.integrated import legendre
 from veridical.interventions.runs import Batch, Runs
 from veridical.progress import bar
-from veridical.sites import RAW, Site
+from veridical.sites import Site
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
+    from veridical.interventions.metrics import Metric
 
-CHUNK = 1 << 23
-"""Numbers that the contributions of senders, and the gradients of receivers, may take at a time."""
+JOINED = 32
+"""Positions of a batch up to which its two runs are one forward pass."""
 
 
 def score_edges(
@@ -87,23 +94,22 @@ def score_edges(
     senders, receivers = ([node.name for node in nodes] for nodes in (graph.senders, graph.receivers))
     mask = graph.mask
     if wanted is not None:
-        mask = mask & selected(senders, receivers, wanted)
+        mask = mask & selected(graph, wanted)
         if not mask.any():
             raise InputError(f"edges={wanted!r}: their receivers read the stream before their senders write")
     found, base, source = [], [], []
     batches = list(runs.batches())
-    places = [(0.0, 1.0)] if steps is None else list(zip(*legendre(steps)))
     with bar(len(batches), "edge attribution", "batches", progress) as shown:
         for batch in batches:
-            scores, own, theirs = _score_batch(model, runs, graph, batch, by_position, places)
-            found.append(scores.cpu())
-            base.append(own.cpu())
-            source.append(theirs.cpu())
+            ends, slopes = _ends(model, runs, graph, batch, steps)
+            found.append(_scores(ends, slopes, batch, by_position).cpu())
+            base.append(ends.own.cpu())
+            source.append(ends.theirs.cpu())
             shown.update(1)
     scores = torch.cat(found).numpy()
     if not np.isfinite(scores).all():
         raise NonFiniteError(f"{model.path} gives NaN or infinity in its values or gradients")
-    scores[..., ~mask] = np.nan
+    np.copyto(scores, np.nan, where=~mask)
     if by_position:
         scores[~torch.cat([batch.valid for batch in batches]).cpu().numpy()] = np.nan
     return Attribution.of(
@@ -123,115 +129,67 @@ def sizes(tokens: int, layers: int, heads: int, kv_heads: int, d_model: int, d_h
     stream = tokens * d_model
     stored = stream * (2 + layers * (2 * heads + 2 * kv_heads + 2))
     kept = stream * (1 + layers) + tokens * layers * heads * d_head
-    at_once = 4 * stream * together(4 * stream, heads) + stream * together(stream, heads)
+    ports = backward.together(4 * stream, min(2 * heads, heads + 2 * kv_heads))
+    at_once = 4 * stream * ports + stream * backward.together(stream, heads)
     return stored, kept + at_once
 
 
-def together(numbers: int, most: int) -> int:
-    """How many of `most` parts of so many numbers each are taken at a time."""
-    return max(1, min(most, CHUNK // numbers))
+@dataclass
+class Ends:
+    """What both runs give of some rows.
 
-
-class Differences:
-    """What each sender adds to the stream in the source run less in the base run, as differences of z."""
-
-    def __init__(
-        self,
-        model: HookedModel,
-        graph: Graph,
-        batch: Batch,
-        base: dict[str, Tensor],
-        source: dict[str, Tensor],
-    ) -> None:
-        self.model, self.graph = model, graph
-
-        def change(site: Site) -> Tensor:
-            return batch.change(base[site.name].detach(), source[site.name])
-
-        self.plain: dict[int, Tensor] = {}
-        self.heads: dict[int, tuple[int, Tensor]] = {}
-        for number, sender in enumerate(graph.senders):
-            if sender.kind != "head":
-                self.plain[number] = change(sender_site(sender)).flatten(0, 1)[None]
-            elif sender.head == 0:
-                # [heads, tokens, d_head]
-                z = change(sender_site(sender)).flatten(0, 1).transpose(0, 1)
-                self.heads[number] = (sender.layer or 0), z
-        one = self.plain[0].numel()
-        self.step = together(one, graph.n_heads)
-        whole = len(graph.senders) * one <= CHUNK
-        self.whole = torch.cat([block for _, block in self._rebuilt(len(graph.senders))]) if whole else None
-
-    def blocks(self, before: int) -> Iterator[tuple[int, Tensor]]:
-        """Contributions of the first `before` senders, `[n, tokens, d]`, each with its first one's number."""
-        if self.whole is not None:
-            yield 0, self.whole[:before]
-        else:
-            yield from self._rebuilt(before)
-
-    def _rebuilt(self, before: int) -> Iterator[tuple[int, Tensor]]:
-        for number in sorted([*self.plain, *self.heads]):
-            if number >= before:
-                return
-            if number in self.plain:
-                yield number, self.plain[number]
-                continue
-            layer, z = self.heads[number]
-            weight, _ = output_projection(self.model, layer)
-            for first in range(0, len(z), self.step):
-                part = slice(first, first + self.step)
-                yield number + first, torch.bmm(z[part], weight[part].to(z))
-
-
-def _score_batch(
-    model: HookedModel,
-    runs: Runs,
-    graph: Graph,
-    batch: Batch,
-    by_position: bool,
-    places: Sequence[tuple[float, float]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores `[batch, senders, receivers]` (positions second where they are apart), and both metrics.
-
-    `places` are the points from the base's embedding (0) to the source's (1) at which gradients are taken,
-    each with its weight.
+    Attributes:
+        own, theirs: The metric in the base run and in the source run, `[batch]`.
+        differences: What senders add in the one less in the other.
+        walk: The backward.
     """
+
+    walk: Walk
+    own: Tensor
+    theirs: Tensor
+    differences: Differences
+
+
+def _ends(
+    model: HookedModel, runs: Runs, graph: Graph, batch: Batch, steps: int | None
+) -> tuple[Ends, Iterable[tuple[float, Slope]]]:
+    """Both ends, and the gradients that are averaged, each with its weight."""
     metric = runs.metric_for(model, batch)
-    theirs, other = measure(model, batch.source, metric, sender_sites(graph.senders))
-    assert theirs is not None
-    walk = Walk(model, graph)
-    own, start, way, differences, scores = None, Site("resid_pre", 0), None, None, None
-    if places[0][0] != 0:
-        own, base = measure(model, batch.base, metric, sender_sites(graph.senders))
-        differences = Differences(model, graph, batch, base.values, other.values)
-        way = batch.change(base[start], other[start])
-        del base
-    for place, weight in places:
-        begin = leaves(model, [start]) if way is None else {start: _moved(place, way)}
-        with differentiable(model.model):
-            with attached(walk.projections, {}) as inside:
-                run = forward(model, batch.base, metric, walk.sites, begin)
-            found = measured(run, metric)
-            last = Site("resid_post", graph.n_layers - 1).name
-            (end,) = pulled(model, run, metric, found, [run.values[last]])
-            values = {**run.values, **inside.values}
-            run.values, run.output, inside.values = {}, None, {}
-        if end is None:
-            raise ModelError(f"the metric {metric.name} does not depend on {last}")
-        if differences is None:
-            own, differences = found.detach(), Differences(model, graph, batch, values, other.values)
-        if scores is None:
-            rows, positions = batch.valid.shape
-            shape = (rows, positions) if by_position else (rows,)
-            exact = torch.promote_types(end.dtype, torch.float32)
-            size = (*shape, len(graph.senders), len(graph.receivers))
-            scores = torch.zeros(size, dtype=exact, device=end.device)
-        with torch.inference_mode(False):
-            for arrived in walk.back(values, weight * end.to(scores.dtype)):
-                _contract(differences, arrived, scores, len(scores))
-    assert own is not None
-    assert scores is not None
-    return scores, own, theirs
+    apart = carries_hooks(model)  # they may tell rows and positions apart
+    first = batch.first_difference if model.kind == "causal" and not apart else 0
+    walk = Walk(model, graph, first)
+    if steps is None:
+        joined = batch.valid.numel() <= JOINED and not apart
+        ends, slope = _at_base(model, walk, batch, metric, joined)
+        return ends, [(1.0, slope)]
+    start, reads = Site("resid_pre", 0), sender_sites(graph.senders)
+    theirs, source = measure(model, batch.source, metric, reads)
+    own, base = measure(model, batch.base, metric, reads)
+    way = batch.change(base[start], source[start])
+    ends = Ends(walk, own, theirs, walk.differences(batch, base.values, source.values))
+    slopes = (
+        (weight, walk.slope(batch.base, metric, {start: _moved(place, way)}))
+        for place, weight in zip(*legendre(steps))
+    )
+    return ends, slopes
+
+
+def _at_base(
+    model: HookedModel, walk: Walk, batch: Batch, metric: Metric, joined: bool
+) -> tuple[Ends, Slope]:
+    """Both ends, and the gradients in the base run, in two forward passes or in one."""
+    rows, begin = len(batch.rows), leaves(model, [Site("resid_pre", 0)])
+    if not joined:
+        theirs, source = measure(model, batch.source, metric, sender_sites(walk.graph.senders))
+        slope = walk.slope(batch.base, metric, begin)
+        return Ends(walk, slope.metric, theirs, walk.differences(batch, slope.values, source.values)), slope
+    both = {name: torch.cat([value, batch.source[name]]) for name, value in batch.base.items()}
+    slope = walk.slope(both, metric, begin, rows)
+    names = [site.name for site in sender_sites(walk.graph.senders)]
+    base = {name: slope.values[name][:rows] for name in names}
+    source = {name: slope.values[name][rows:] for name in names}
+    own, theirs = slope.metric.split(rows)
+    return Ends(walk, own, theirs, walk.differences(batch, base, source)), slope
 
 
 def _moved(place: float, way: Tensor) -> Callable[[Tensor], Tensor]:
@@ -239,126 +197,26 @@ def _moved(place: float, way: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda value: (value.detach() + (place * way).to(value.dtype)).requires_grad_()
 
 
-Arrived = list[tuple[int, int, Tensor]]
-"""Number of the first receiver, how many senders write before, and gradients `[receivers, b, p, d]`."""
+def _scores(ends: Ends, slopes: Iterable[tuple[float, Slope]], batch: Batch, apart: bool) -> Tensor:
+    """Scores `[batch, senders, receivers]`, positions second where they are apart."""
+    rows, positions = batch.valid.shape
+    walk, differences = ends.walk, ends.differences
+    size = len(walk.graph.senders), len(walk.graph.receivers)
+    with torch.inference_mode(False):
+        scores = differences.zeros(rows, positions, *size) if apart else differences.zeros(rows, *size)
+        for weight, slope in slopes:
+            for arrived in walk.back(slope, weight, rows):
+                _contract(differences, arrived, scores[:, walk.first :] if apart else scores)
+    return scores
 
 
-def _contract(differences: Differences, arrived: Arrived, scores: Tensor, rows: int) -> None:
-    """Writes the scores of all edges into some receivers."""
-    for first, block in differences.blocks(max(before for _, before, _ in arrived)):
-        for receiver, before, gradient in arrived:
-            count = min(len(block), before - first)
-            if count <= 0:
-                continue
-            # [b, n, p d], or [b p, n, d] where positions stay apart
-            batched = rows if scores.dim() == 3 else block.shape[1]
-            senders = block[:count].reshape(count, batched, -1).transpose(0, 1)
-            receivers = gradient.reshape(len(gradient), batched, -1).permute(1, 2, 0)
-            part = torch.bmm(senders, receivers.to(senders))
-            place = scores[..., first : first + count, receiver : receiver + len(gradient)]
-            place += part.view(place.shape)
-
-
-class Walk:
-    """The backward through the blocks, which hands out the gradients at every receiver."""
-
-    def __init__(self, model: HookedModel, graph: Graph) -> None:
-        self.model, self.graph = model, graph
-        self.projections = _projections(model)
-
-    @property
-    def sites(self) -> list[Site]:
-        """What the forward pass must read."""
-        sites = [*sender_sites(self.graph.senders), Site("resid_post", self.graph.n_layers - 1)]
-        for layer in range(self.graph.n_layers):
-            kinds = ["resid_pre", "q", "k", "v", "attn_out"]
-            if self.graph.has_mlp[layer]:
-                kinds += ["mlp_out"] if self.graph.parallel[layer] else ["resid_mid", "mlp_out"]
-            sites += [Site(kind, layer) for kind in kinds]
-        return list(dict.fromkeys(sites))
-
-    def back(self, values: dict[str, Tensor], end: Tensor) -> Iterator[Arrived]:
-        """From the last block to the first, what arrives at some receivers at a time.
-
-        Args:
-            values: What the forward pass read; emptied on the way, which frees the graph.
-            end: The gradient at the end of the last block, `[b, p, d]`.
-        """
-        graph = self.graph
-        yield [self._named(graph.receivers[-1], end[None])]
-        for layer in reversed(range(graph.n_layers)):
-            sites = {kind: Site(kind, layer).name for kind in _OF_BLOCK}
-            own = {kind: values.pop(name) for kind, name in sites.items() if name in values}
-            stream, out, middle = own["resid_pre"], own["attn_out"], end
-            if graph.has_mlp[layer]:
-                reads = stream if graph.parallel[layer] else own["resid_mid"]
-                (into,) = torch.autograd.grad([own["mlp_out"]], [reads], [end.to(own["mlp_out"].dtype)])
-                yield [self._named(Node("mlp", layer, port="in"), into[None])]
-                if graph.parallel[layer]:
-                    end = end + into
-                else:
-                    middle = end = end + into
-            heads = [own[kind] for kind in "qkv"]
-            gradients = torch.autograd.grad([out], heads, [middle.to(out.dtype)], retain_graph=True)
-            normed = values.pop(_projected(layer).name, None)
-            total = torch.zeros_like(end)
-            for port, value, gradient in zip("qkv", heads, gradients):
-                for first, part in self._pulled_back(layer, port, value, gradient, normed, stream):
-                    total += part.to(total).sum(0)
-                    yield [self._named(Node("head", layer, first, port), part)]
-            end = end + total
-
-    def _named(self, first: Node, gradient: Tensor) -> tuple[int, int, Tensor]:
-        return self.graph.receiver_number(first), self.graph.before(first), gradient.detach()
-
-    def _pulled_back(
-        self,
-        layer: int,
-        port: str,
-        value: Tensor,
-        gradient: Tensor,
-        normed: Tensor | None,
-        stream: Tensor,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Gradients at the stream of each head of a port, `[heads, b, p, d]` and the first one's number.
-
-        Through the head's own rows of the projection and the model's norm; where the projection cannot be
-        told (TransformerLens), by autograd from the heads to the stream.
-        """
-        heads = gradient.shape[2]
-        step = together(4 * stream.numel(), heads)
-        place = self.model.place(Site(port, layer))
-        weight = None
-        if normed is not None:
-            matrix, _ = linear_map(place.module, normed.shape[-1], normed.dtype, normed.device)
-            weight = place.view.read(matrix).permute(1, 2, 0)  # [heads, d_head, d]
-        for first in range(0, heads, step):
-            part = slice(first, first + step)
-            if weight is None or normed is None:
-                count = len(range(heads)[part])
-                alone = gradient.new_zeros(count, *gradient.shape)
-                for at in range(count):
-                    alone[at, :, :, first + at] = gradient[:, :, first + at]
-                (back,) = torch.autograd.grad(value, stream, alone, retain_graph=True, is_grads_batched=True)
-                yield first, back
-                continue
-            rows = gradient[:, :, part].flatten(0, 1).transpose(0, 1)
-            into = torch.bmm(rows, weight[part].to(rows)).view(-1, *normed.shape)
-            if normed is not stream:
-                (into,) = torch.autograd.grad(normed, stream, into, retain_graph=True, is_grads_batched=True)
-            yield first, into
-
-
-_OF_BLOCK = ("resid_pre", "q", "k", "v", "attn_out", "resid_mid", "mlp_out")
-
-
-def _projections(model: HookedModel) -> Reads:
-    """Reads of what each layer's query, key and value projections take; none in TransformerLens."""
-    if model.architecture.model_type in ("HookedTransformer", "TransformerBridge"):
-        return {}
-    modules = {layer: model.place(Site("q", layer)).module for layer in range(model.n_layers)}
-    return {_projected(layer): (Place(module, "in"), None) for layer, module in modules.items()}
-
-
-def _projected(layer: int) -> Site:
-    return Site(RAW, path=f"projections.{layer}:in")
+def _contract(differences: Differences, arrived: Arrived, scores: Tensor) -> None:
+    """Adds the scores of all edges into some receivers, which lie side by side."""
+    number, before, gradient = arrived
+    for first, block in differences.blocks(before):
+        # [b, n, p d], or [b p, n, d] where positions stay apart. Receivers first: BLAS likes it better.
+        batched = scores.shape[:-2].numel()
+        senders = block.reshape(len(block), batched, -1).permute(1, 2, 0)
+        receivers = gradient.reshape(len(gradient), batched, -1).transpose(0, 1)
+        place = scores[..., first : first + len(block), number : number + len(gradient)]
+        place += torch.bmm(receivers.to(senders), senders).view(*place.shape[:-2], -1, len(block)).mT

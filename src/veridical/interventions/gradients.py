@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from veridical.errors import InputError, ModelError
 from veridical.hooks import Run
+from veridical.interventions.columns import only
 from veridical.sites import HEAD_KINDS, Site
 
 if TYPE_CHECKING:
@@ -68,40 +69,39 @@ def linearise(
 def measure(
     model: HookedModel,
     inputs: Mapping[str, Tensor],
-    metric: Metric | None,
+    metric: Metric,
     sites: Sequence[Site] = (),
     write: Write | None = None,
-) -> tuple[Tensor | None, Run]:
+) -> tuple[Tensor, Run]:
     """The metric of each row, `[batch]`, and the values at `sites`, without gradients."""
     with torch.no_grad():
         run = forward(model, inputs, metric, sites, write or {})
-        return None if metric is None else measured(run, metric), run
+        return measured(run, metric), run
 
 
 def forward(
     model: HookedModel,
     inputs: Mapping[str, Tensor],
-    metric: Metric | None,
+    metric: Metric,
     sites: Sequence[Site] = (),
     write: Write | None = None,
 ) -> Run:
     """A pass that reads `sites` and what the metric reads, with no more logits than it needs."""
     given: dict[str, Any] = dict(inputs)
     read = list(sites)
-    keep = 1 if metric is None else metric.keep
-    if metric is not None and metric.site is not None:
-        read = list(dict.fromkeys([*read, Site.parse(metric.site)]))
-    elif keep is not None and "logits_to_keep" in model.forward_parameters:
-        given["logits_to_keep"] = keep
-    stop = bool(read) and (metric is None or metric.site is not None)
-    return model.run(given, read=read, write=write or {}, stop=stop)
-
-
-def measured(run: Run, metric: Metric) -> Tensor:
-    """The metric of each row of a run, `[batch]`."""
     if metric.site is not None:
-        return metric(run[metric.site][:, -1].flatten(1))
-    logits = run.logits
+        read = list(dict.fromkeys([*read, Site.parse(metric.site)]))
+    elif metric.keep is not None and "logits_to_keep" in model.forward_parameters:
+        given["logits_to_keep"] = metric.keep
+    with only(model, metric.ids):
+        return model.run(given, read=read, write=write or {}, stop=metric.site is not None)
+
+
+def measured(run: Run, metric: Metric, rows: slice = slice(None)) -> Tensor:
+    """The metric of each row of a run, or of some of them, `[batch]`."""
+    if metric.site is not None:
+        return metric(run[metric.site][rows, -1].flatten(1))
+    logits = run.logits[rows]
     return metric(logits if metric.keep is None or logits.dim() < 3 else logits[:, -metric.keep :])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from veridical.errors import unknown
+from veridical.interventions.stacked import stacked, token_label
 from veridical.reporting import figures
 
 if TYPE_CHECKING:
@@ -15,33 +16,16 @@ if TYPE_CHECKING:
 
     from veridical.interventions.patched import Patched
 
-CELL = 22
-"""Pixels of a line of cells."""
-TITLE, AXIS = 36, 150
-"""Pixels above a map for its title, and below it for slanted tokens and the next map's title."""
-LONGEST = 14
-"""Characters of a token that the axis shows."""
-
 
 def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
     """One map for each kind of site, with one colour scale around 0; see `Patched.figure`."""
-    from plotly.subplots import make_subplots
-
     if what not in ("effect", "recovered"):
         raise unknown("quantity", what, ("effect", "recovered"))
     frame = result.to_frame()
     parts = [(kind, part) for kind, part in frame.groupby("kind", sort=False)]
     maps = [_Map(part, str(kind), what) for kind, part in parts]
-    heights = [CELL * max(3, len(each.rows)) for each in maps]
-    height = TITLE + sum(heights) + AXIS * len(maps)
-    inside = height - TITLE - AXIS  # plotly counts the gaps as shares of what lies within the margins
-    figure = make_subplots(
-        rows=len(maps),
-        cols=1,
-        row_heights=heights,
-        subplot_titles=[each.title for each in maps] if len(maps) > 1 else None,
-        vertical_spacing=AXIS / inside if len(maps) > 1 else 0,
-    )
+    titles = [each.title for each in maps] if len(maps) > 1 else None
+    figure = stacked([len(each.rows) for each in maps], titles)
     values = np.abs(frame[what].to_numpy(dtype=float))
     bound = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
     unit = "" if what == "recovered" else str(result.facts["unit"])
@@ -60,8 +44,8 @@ def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
             "colorbar": {"title": {"text": figures.plain(name), "side": "right"}, "thickness": 12},
         }
     )
-    figures.style(figure, title, height=height, legend=False)
-    return figure.update_layout(hovermode="closest", margin={"t": TITLE, "b": AXIS})
+    figures.style(figure, title, height=figure.layout.height, legend=False)
+    return figure.update_layout(hovermode="closest")
 
 
 class _Map:
@@ -77,7 +61,7 @@ class _Map:
         across = [line["head"] if grid else line["position"] for line in lines]
         down = [(line["layer"], -1 if grid else line["head"]) for line in lines]
         labels = {
-            name: str(name) if grid else _label(name, line["token"]) for name, line in zip(across, lines)
+            name: str(name) if grid else token_label(name, line["token"]) for name, line in zip(across, lines)
         }
         self.columns, self.rows = list(dict.fromkeys(across)), list(dict.fromkeys(down))
         self.x_labels = [labels[name] for name in self.columns]
@@ -103,12 +87,6 @@ class _Map:
             hoverongaps=False,
             hovertemplate="%{customdata}<extra></extra>",
         )
-
-
-def _label(place: str, token: str) -> str:
-    return (
-        f"{figures.plain(token, LONGEST)} · {figures.plain(place, 24)}" if token else figures.plain(place, 24)
-    )
 
 
 def _row_label(layer: int, head: int, kind: str) -> str:

@@ -72,6 +72,13 @@ class Inputs:
                 changed[field.name] = value[at]
         return replace(self, **changed)
 
+    @property
+    def twins(self) -> bool:
+        """Whether clean and corrupt are the same to the last token."""
+        return self.clean.keys() == self.corrupt.keys() and all(
+            torch.equal(value, self.corrupt[name]) for name, value in self.clean.items()
+        )
+
     def swapped(self) -> Inputs:
         """Clean and corrupt exchanged; answers, prompts and groups stay."""
         back = torch.full_like(self.matched, -1)
@@ -108,6 +115,9 @@ class Inputs:
             InputError: Row or token counts that differ (both token lists are shown), spans that do not fit.
             DataError: Rows without partners, texts that cannot be tokenised.
         """
+        for side, value in (("clean", clean), ("corrupt", corrupt)):
+            if value is None or (isinstance(value, list | tuple | str) and not value):
+                raise InputError(f"{side} is empty; expected texts, chats, token ids, Pairs or images")
         if model.kind == "vision":
             return _of_images(model, clean, corrupt, align)
         pairs = [_is_pairs(value) for value in (clean, corrupt)]
@@ -144,7 +154,7 @@ def _rows(model: HookedModel, given: Any, side: str) -> list[Row]:
         rows = [tuple(row) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
     elif _is_ids(given):
         rows = [tuple(int(number) for number in given)]
-    elif isinstance(given, list | tuple) and given and all(_is_ids(row) for row in given):
+    elif isinstance(given, list | tuple) and all(_is_ids(row) or row in ([], ()) for row in given):
         rows = [tuple(int(number) for number in row) for row in given]
     elif isinstance(given, Mapping):
         raise InputError(f"{side} is a dict without input_ids; give texts, chats, token ids or Pairs")
@@ -155,7 +165,8 @@ def _rows(model: HookedModel, given: Any, side: str) -> list[Row]:
     vocabulary = model.architecture.vocabulary
     for at, row in enumerate(rows):
         if vocabulary and not all(0 <= number < vocabulary for number in row):
-            raise InputError(f"{side}, row {at}: token ids go from 0 to {vocabulary - 1}; {max(row)} arrived")
+            wrong = next(number for number in row if not 0 <= number < vocabulary)
+            raise InputError(f"{side}, row {at}: token ids go from 0 to {vocabulary - 1}; {wrong} arrived")
     return list(rows)
 
 

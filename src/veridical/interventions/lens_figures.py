@@ -67,7 +67,8 @@ def lens_map(reading: LensReading, row: int, value: str) -> go.Figure:
     followed = {"probability": "of the target, by", "rank": "of the target, by"}.get(value, "by")
     return figures.style(
         figure,
-        f"{reading.lens.capitalize()}: {value} {followed} site and token; written in: likeliest next token",
+        f"{reading.lens.capitalize()}: {value} {followed} site and token; written in: likeliest "
+        f"{reading.facts.get('reads', 'next token')}",
         "token",
         "site",
         height=max(320, 140 + 26 * len(reading.sites)),

@@ -1,4 +1,5 @@
-"""What a lens reads: at each place and token of some texts, a distribution over the next token."""
+"""What a lens reads: at each place and token of some texts (or images), a distribution over the next token
+(or over labels)."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ class LensReading(Saved):
         rank: `[sites, tokens]`, tokens that are likelier than the target; 0 is top.
         kl: `[sites, tokens]`, KL(model's output || lens), in nats.
         entropy: `[sites, tokens]`, of the lens's distribution, in nats.
-        facts: Model, data and what the targets are.
+        facts: Model, data and what the targets are; what it `reads` ("next token" or "label") `of` what.
     """
 
     lens: str
@@ -107,7 +108,7 @@ class LensReading(Saved):
         agreed = table.loc[table["agreement"] >= 0.5, "site"]
         said = [
             f"The {self.lens} was read at {len(self.sites)} sites and {len(self.rows)} tokens of "
-            f"{len(np.unique(self.rows))} texts."
+            f"{len(np.unique(self.rows))} {self.facts.get('of', 'texts')}."
         ]
         if len(agreed):
             said.append(

@@ -1,7 +1,9 @@
 """The logit lens (nostalgebraist 2020): what the model would say if its later layers were left out.
 
 The residual stream at a layer goes through the model's own final norm and unembedding (`readout`). At the
-last `resid_post` that is the model's own output.
+last `resid_post` that is the model's own output. Of a vision transformer it is what the classifier would say
+of each token of the image, were that the one that it reads (Vilas et al. 2023, arXiv:2310.18969); what it
+says of the class token at the end is the model's own output.
 """
 
 from __future__ import annotations
@@ -43,15 +45,17 @@ def logit_lens(
     batch_tokens: int = 2048,
     progress: bool | None = None,
 ) -> LensReading:
-    """Reads the residual stream of each layer as a distribution over the next token.
+    """Reads the residual stream of each layer as a distribution over the next token, or over labels.
 
     Args:
         model: A `HookedModel`, or anything that `veridical.load` takes; it runs in its present mode.
-        texts: A text or chat, a list of these, or token ids `[batch, pos]`.
+        texts: A text or chat, a list of these, or token ids `[batch, pos]`; of a vision transformer images
+            `[batch, channels, height, width]`.
         sites: Where to read: `embed`, `resid_pre`, `resid_mid` or `resid_post`, in any spelling.
         answers: The next token whose probability and rank are followed: a text or id for all texts, or one
-            for each. When not given, at each token the one that the model itself finds likeliest.
-        top: Likeliest tokens to keep.
+            for each (of images the number of a label). When not given, at each token the one that the model
+            itself finds likeliest.
+        top: Likeliest tokens or labels to keep.
         batch_tokens: Most tokens in one batch, padding included.
         progress: Show a bar; on a terminal or in a notebook when not given.
 
@@ -80,7 +84,7 @@ def read_lens(
     from veridical.progress import bar
 
     names, given = stream_sites(model, sites), one_sided(model, texts)
-    rows = [ids[real].tolist() for ids, real in zip(given.clean["input_ids"], given.mask)]
+    rows = _rows(model, given)
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise InputError(f"top is {top!r}; expected how many of the likeliest tokens to keep")
     targets = None if answers is None else _targets(model, answers, given)
@@ -89,9 +93,11 @@ def read_lens(
     batches = by_length([len(row) for row in rows], batch_tokens)
     with torch.no_grad(), bar(len(batches) * len(names), name, "layers", progress) as shown:
         for batch in batches:
-            inputs = model.batch([rows[row] for row in batch], padding_side="left")
+            inputs, real = _inputs(model, given, rows, batch)
             run = model.run(inputs, read=names)
-            final, real = run.logits, inputs["attention_mask"].bool()
+            final = run.logits
+            if model.kind == "vision":
+                final = final[:, None].expand(*real.shape, -1)
             likely = final[real].float().argmax(-1)
             wanted = likely
             if targets is not None:
@@ -99,12 +105,30 @@ def read_lens(
             parts = []
             for site in names:
                 values = run.values[site] if translate is None else translate(site, run.values[site])
-                logits = final if site == last else readout(values, inputs)
+                ready = site == last and model.kind != "vision"
+                logits = final if ready else readout(values, inputs)
                 parts.append(measures(logits[real], final[real], wanted, min(top, final.shape[-1])))
                 shown.update(1)
             _share(found, batch, real, parts, wanted, likely)
     kept = [one for one in found if one is not None]
     return _reading(model, name, names, rows, kept, answers is not None)
+
+
+def _rows(model: HookedModel, given: Inputs) -> list[list[Any]]:
+    """Of each text the ids of its tokens, of each image the names of its patches."""
+    if model.kind == "vision":
+        return [list(line) for line in given.tokens]
+    return [ids[real].tolist() for ids, real in zip(given.clean["input_ids"], given.mask)]
+
+
+def _inputs(
+    model: HookedModel, given: Inputs, rows: Sequence[Sequence[Any]], batch: Sequence[int]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What some rows are run with, and `[batch, pos]` bool where they have tokens."""
+    if model.kind == "vision":
+        return {name: value[list(batch)] for name, value in given.clean.items()}, given.mask[list(batch)]
+    inputs = model.batch([rows[row] for row in batch], padding_side="left")
+    return inputs, inputs["attention_mask"].bool()
 
 
 def measures(logits: Tensor, final: Tensor, targets: Tensor, top: int) -> dict[str, Tensor]:
@@ -192,7 +216,7 @@ def _reading(
     model: HookedModel,
     name: str,
     names: Sequence[str],
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[Any]],
     found: Sequence[Mapping[str, Any]],
     given: bool,
 ) -> LensReading:
@@ -200,28 +224,34 @@ def _reading(
         return np.concatenate([one[what] for one in found], axis=-1 if found[0][what].ndim < 3 else 1)
 
     targets, tops = joined("targets"), joined("top_ids")
-    used = {int(token) for token in {*targets.tolist(), *tops.reshape(-1).tolist()}}
-    used |= {token for row in rows for token in row}
-    words = {token: token_text(model, token) for token in used}
+    labels = getattr(model.architecture.config, "id2label", None) if model.kind == "vision" else None
+    words = {
+        token: token_text(model, token) if labels is None else str(labels.get(token, token))
+        for token in {*targets.tolist(), *tops.reshape(-1).tolist()}
+    }
 
     def texts(ids: np.ndarray) -> np.ndarray:
         flat = np.empty(ids.size, dtype=object)
         flat[:] = [words[int(token)] for token in ids.reshape(-1)]
         return flat.reshape(ids.shape)
 
-    said = "the answers that were given" if given else "at each token, the model's own likeliest next token"
+    own = [token if isinstance(token, str) else token_text(model, token) for row in rows for token in row]
+    reads, of = ("label", "images") if model.kind == "vision" else ("next token", "texts")
+    said = "the answers that were given" if given else f"at each token, the model's own likeliest {reads}"
     facts = {
         "model": model.path,
         "model_fingerprint": model.fingerprint(),
         "target": f"Targets, whose probability and rank are followed: {said}.",
         "final_top": joined("likely"),
+        "reads": reads,
+        "of": of,
     }
     return LensReading(
         lens=name,
         sites=tuple(Site.parse(site).short for site in names),
         rows=np.repeat(np.arange(len(rows)), [len(row) for row in rows]),
         positions=np.concatenate([np.arange(len(row)) for row in rows]),
-        tokens=texts(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])),
+        tokens=np.array(own, dtype=object),
         top_ids=tops,
         top_tokens=texts(tops),
         top_probabilities=joined("top_probabilities"),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from veridical.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from veridical.hooked import HookedModel
     from veridical.interventions.verbs import PatchVerb
     from veridical.pairs import Pairs
@@ -30,6 +32,7 @@ class Material:
         answers: Right answer of each row; None where none is known.
         wrong: Wrong answer of each row, likewise.
         name: What to call the data.
+        groups: Which rows belong together when they are resampled; None for each alone.
     """
 
     clean: list[Prompt]
@@ -37,6 +40,7 @@ class Material:
     answers: list[str] | None
     wrong: list[str] | None
     name: str
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -46,9 +50,9 @@ class Material:
         answers, wrong = (
             [each[row] for row in rows] if each else None for each in (self.answers, self.wrong)
         )
-        return Material(
-            [self.clean[row] for row in rows], [self.corrupt[row] for row in rows], answers, wrong, self.name
-        )
+        clean, corrupt = ([side[row] for row in rows] for side in (self.clean, self.corrupt))
+        groups = None if self.groups is None else self.groups[list(rows)]
+        return Material(clean, corrupt, answers, wrong, self.name, groups)
 
 
 def material(options: PatchVerb) -> Material:
@@ -65,11 +69,16 @@ def material(options: PatchVerb) -> Material:
             f"patch takes its rows from one of --clean with --corrupt, --prompts, or --data; "
             f"{' and '.join(given) if given else 'none'} arrived; see veridical patch --help"
         )
+    if options.limit is not None and not options.data:
+        raise ConfigError("--limit draws pairs of --data; keep fewer rows with --examples")
     if options.clean or options.corrupt:
         _refuse_systems(options, "--clean and --corrupt are whole texts")
         return _answered(options, list(options.clean), list(options.corrupt), None, None, "texts")
     if options.prompts:
-        clean, corrupt = _asked(options, list(options.prompts))
+        from veridical.pairs.prompts import chat
+
+        systems = _systems(options)
+        clean, corrupt = ([chat(system, user) for user in options.prompts] for system in systems)
         return _answered(options, clean, corrupt, None, None, "prompts")
     return _of_data(options)
 
@@ -96,29 +105,38 @@ def evenly_long(model: HookedModel, rows: Material, most: int, *, aligned: bool)
 
 
 def _of_data(options: PatchVerb) -> Material:
-    from veridical.pairs import Pairs
     from veridical.pairs.loaders import read_rows
+    from veridical.running import load_pairs
 
     path = Path(str(options.data)).expanduser()
     if path.is_file():
         rows = read_rows(path)
         if rows and {"clean", "corrupt"} <= set(rows[0]):
             _refuse_systems(options, f"{path.name} has whole rows in clean and corrupt")
-            if options.where:
-                raise ConfigError(
-                    "--where is for questions; a table of clean and corrupt rows is taken whole"
-                )
+            for name, value in (("--where", options.where), ("--limit", options.limit)):
+                if value:
+                    raise ConfigError(
+                        f"{name} is for questions; of a table of clean and corrupt rows, --examples of one "
+                        "length are taken"
+                    )
             clean, corrupt = ([row[name] for row in rows] for name in ("clean", "corrupt"))
             answers, wrong = (
                 [str(row.get(name)) for row in rows] if rows[0].get(name) else None
                 for name in ("answer", "wrong")
             )
             return _answered(options, clean, corrupt, answers, wrong, path.stem)
-    pairs = _questions(Pairs.load(str(options.data), adapter=options.adapter), options.where)
+    pairs = _questions(load_pairs(options, options.seed), options.where)
+    rows = asked_twice(pairs, *_systems(options))
+    return _answered(options, rows.clean, rows.corrupt, rows.answers, rows.wrong, rows.name)
+
+
+def asked_twice(pairs: Pairs, clean: str, corrupt: str) -> Material:
+    """Each row's question under two system prompts, with its options as answers where it has any."""
+    from veridical.pairs.prompts import chat
+
     users = _users(pairs)
-    clean, corrupt = _asked(options, users)
-    answers, wrong = _of_options(pairs)
-    return _answered(options, clean, corrupt, answers, wrong, pairs.name)
+    sides = ([chat(system, user) for user in users] for system in (clean, corrupt))
+    return Material(*sides, *_of_options(pairs), pairs.name, pairs.groups)
 
 
 def _questions(pairs: Pairs, where: Sequence[str]) -> Pairs:
@@ -163,18 +181,14 @@ def _of_options(pairs: Pairs) -> tuple[list[str] | None, list[str] | None]:
     return right, [str(next(one for one in each if str(one) != said)) for each, said in zip(options, right)]
 
 
-def _asked(options: PatchVerb, users: list[str]) -> tuple[list[Prompt], list[Prompt]]:
-    from veridical.pairs.prompts import chat
-
+def _systems(options: PatchVerb) -> tuple[str, str]:
     if options.clean_system is None or options.corrupt_system is None:
         raise ConfigError(
             "questions need --clean-system and --corrupt-system: the two runs differ in nothing else"
         )
     if options.clean_system == options.corrupt_system:
         raise ConfigError("--clean-system and --corrupt-system are the same: there is nothing to find")
-    return [chat(options.clean_system, user) for user in users], [
-        chat(options.corrupt_system, user) for user in users
-    ]
+    return options.clean_system, options.corrupt_system
 
 
 def _answered(

@@ -76,7 +76,8 @@ def mean_activations(
         progress: Show a bar; on a terminal or in a notebook when not given.
 
     Raises:
-        InputError: A site without vectors (patterns).
+        InputError: Attention patterns without `by_position`, or of texts of different lengths. Their means
+            are `[query, head, key]`.
         NonFiniteError: The model gives NaN or infinity.
     """
     return streamed(model, data, sites, by_position=by_position, budget=batch_tokens, progress=progress)
@@ -95,7 +96,12 @@ def streamed(
     """`mean_activations`, of what `transform` makes of the values."""
     from veridical.progress import bar
 
-    names = [_with_vectors(site).name for site in model.resolve(sites)]
+    resolved = model.resolve(sites)
+    for site in resolved:
+        if site.kind == "pattern" and not by_position:
+            raise InputError(f"{site.short} goes by query and key position; give by_position=True")
+    names = [site.name for site in resolved]
+    patterns = {site.name for site in resolved if site.kind == "pattern"}
     sums = {name: _Sums(by_position) for name in names}
     inputs, total = (_images if model.kind == "vision" else _texts)(model, data, budget)
     with torch.no_grad(), bar(total, "means", "rows", progress) as shown:
@@ -103,6 +109,9 @@ def streamed(
             mask = batch.get("attention_mask")
 
             def add(value: Tensor, name: str, mask: Tensor | None = mask) -> None:
+                if name in patterns:
+                    _check_whole(name, value, mask, sums[name].total)
+                    value = value.transpose(1, 2)
                 vectors, index = _real(value, mask)
                 sums[name].add(vectors if transform is None else transform(vectors), index)
 
@@ -241,7 +250,11 @@ def _images(model: HookedModel, data: Any, budget: int) -> tuple[Iterator[dict[s
     return ({"pixel_values": part.to(model.device, model.dtype)} for part in parts), len(images)
 
 
-def _with_vectors(site: Site) -> Site:
-    if site.kind == "pattern":
-        raise InputError(f"{site} is [batch, head, query, key] and has no vector for each token to average")
-    return site
+def _check_whole(name: str, value: Tensor, mask: Tensor | None, total: Tensor | None) -> None:
+    """Refuses patterns of texts of different lengths, whose keys are not the same."""
+    keys = value.shape[-1]
+    if (mask is not None and not bool(mask.all())) or (total is not None and total.shape[-1] != keys):
+        raise InputError(
+            f"{name} goes by query and key, so its mean is over texts of one length; these have different "
+            "ones"
+        )

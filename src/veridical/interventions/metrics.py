@@ -75,6 +75,14 @@ class Metric:
             )
         return found if found.dtype in (torch.float32, torch.float64) else found.float()
 
+    @property
+    def ids(self) -> Tensor | None:
+        """`[n]`, the vocabulary's ids whose logits it reads; None where it reads all, or cannot tell."""
+        if self.bind is not _logit_diff or self.targets is None:
+            return None
+        found = torch.cat([table.flatten() for table in self.targets.values()]).unique()
+        return found[found >= 0]
+
     def with_reference(self, logits: Tensor) -> Metric:
         """This metric with the run that it compares with, `[batch, kept, vocabulary]`; others unchanged."""
         if self.name != "kl":

@@ -17,13 +17,22 @@ import torch
 from torch import Tensor
 
 from veridical.errors import InputError
-from veridical.interventions.condition import carries_hooks, warn_of_training
+from veridical.interventions.condition import (
+    Direction,
+    carries_hooks,
+    check_count,
+    check_direction,
+    check_finite,
+    warn_of_training,
+    warn_of_twins,
+)
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Answers, Metric, as_metric
 from veridical.interventions.patched import Patched
 from veridical.interventions.places import Positions, heads_of, spots
 from veridical.interventions.suffix import Engine
 from veridical.interventions.sweep import Item, Link, Sweep
+from veridical.models import load
 from veridical.sites import HEAD_KINDS, Site
 
 if TYPE_CHECKING:
@@ -34,7 +43,7 @@ BOOTSTRAP = 500
 
 
 def patch(
-    model: HookedModel,
+    model: HookedModel | Any,
     clean: Any,
     corrupt: Any,
     *,
@@ -42,7 +51,7 @@ def patch(
     sites: SiteSpec = "resid_pre.*",
     positions: Positions = None,
     heads: Literal["all"] | int | Sequence[int] | None = None,
-    direction: Literal["denoising", "noising"] = "denoising",
+    direction: Direction = "denoising",
     answers: Answers | None = None,
     wrong: Answers | None = None,
     align: Any = None,
@@ -56,7 +65,7 @@ def patch(
     """The metric of every patched run: one for each site, head and position, for each example.
 
     Args:
-        model: The model; a `HookedTransformer` or `TransformerBridge` loaded with `vd.load` does as well.
+        model: A `HookedModel`, or anything that `veridical.load` takes.
         clean: A text or chat, a list of these, token ids `[batch, pos]`, `Pairs`, or images.
         corrupt: The same, row by row of equal token counts unless `align` is given.
         metric: A name, a probe's `ProbeMetric`, or a function `logits -> [batch]`; see `as_metric`. A
@@ -64,7 +73,8 @@ def patch(
         sites: Sites or globs, such as "resid_pre.*" or ["z.*", "mlp_out.*"]. Patterns are patched by query.
         positions: None or "each": one item for each position. "all": the whole site at once. A list of
             positions or sets of positions, of the clean rows' tokens, negative from the end; or a mapping
-            from a name to words of the text or to positions.
+            from a name to words of the text, to positions, or to a function from a row's token count to
+            its positions.
         heads: For q, k, v, z and patterns: "all" or a list takes heads one by one; None patches all of the
             site together. Heads of k and v are those of the keys and values.
         direction: "denoising" puts clean activations into the corrupt run, "noising" corrupt into clean.
@@ -84,13 +94,15 @@ def patch(
     """
     from veridical.progress import bar
 
-    if direction not in ("denoising", "noising"):
-        raise InputError(f"direction is {direction!r}; expected 'denoising' or 'noising'")
-    for name, number in (("batch_tokens", batch_tokens), ("bootstrap", bootstrap)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise InputError(f"{name} is {number!r}; expected a whole number from 1 on")
+    check_direction(direction)
+    check_count("batch_tokens", batch_tokens)
+    check_count("bootstrap", bootstrap)
+    model = load(model)
+    source = None if source is None else load(source)
     warn_of_training(model)
     inputs = Inputs.of(model, clean, corrupt, align)
+    if source is None:
+        warn_of_twins(inputs)
     judge = as_metric(metric, model, answers, wrong, None, keep, inputs)
     judge.check(len(inputs))
     chosen = model.resolve(sites)
@@ -106,6 +118,7 @@ def patch(
         for rows in _groups(inputs, judge, batch_tokens):
             part = _Part(model, other, inputs.part(rows), theirs.part(rows), judge, rows, direction)
             sweep = part.sweep(chosen, batch_tokens, len(inputs))
+            check_finite(model, judge.name, sweep.base_values)
             columns = [part.base_columns(spot.columns[rows]) for spot in there]
             bar_of = _Scaled(shown, len(rows))
             found.append(sweep.values(items, columns, bar_of).cpu())
@@ -176,7 +189,7 @@ class _Part:
             if not self.denoising:
                 taken = (self.theirs.corrupt, self.theirs.corrupt_mask)
         read = [site.name for site in sites]
-        options: dict[str, Any] = {"keep": metric.keep, "site": metric.site, "read": read}
+        options: dict[str, Any] = {"keep": metric.keep, "site": metric.site, "ids": metric.ids, "read": read}
         base = Engine(self.model, *given, plain=plain, **options)
         if self.other is not self.model:
             options["site"] = None
@@ -251,7 +264,12 @@ def _check_sites(model: HookedModel, source: HookedModel | None, sites: Sequence
     if source is None:
         return
     for site in sites:
-        source.resolve(site)
+        try:
+            source.resolve(site)
+        except InputError as error:
+            raise InputError(
+                f"the source {source.path} has no {site.short} ({source.n_layers} layers): {error}"
+            ) from error
         if site.kind == "pattern":
             ours, theirs = (model.n_heads,), (source.n_heads,)
         else:

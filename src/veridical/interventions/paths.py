@@ -44,7 +44,7 @@ def patch_paths(
     clean: Any,
     corrupt: Any,
     *,
-    metric: Any,
+    metric: Any = "logit_diff",
     edges: Any = None,
     senders: Names | None = None,
     receivers: Names | None = None,

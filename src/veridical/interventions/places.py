@@ -42,8 +42,8 @@ def spots(inputs: Inputs, positions: Positions) -> list[Spot]:
         positions: None or "each": every position, from the start where all rows are equally long, else from
             the end. "all": the whole of a site at once. A position, or a list of positions and of sets
             (lists of positions that are patched together): positions of the clean row's own tokens, negative
-            from its end. A mapping from a name to words of the clean (or else the corrupt) text, or to
-            positions.
+            from its end. A mapping from a name to words of the clean (or else the corrupt) text, to
+            positions, or to a function from a row's token count to its positions.
 
     Raises:
         InputError: A position outside a text, or words that are not in it.
@@ -91,7 +91,8 @@ def _columns(inputs: Inputs, value: Any) -> Tensor:
         if isinstance(value, str):
             places = _words(inputs, value, row)
         else:
-            listed = list(value) if isinstance(value, Sequence | range) else [value]
+            value_of = value(real) if callable(value) else value
+            listed = list(value_of) if isinstance(value_of, Sequence | range) else [value_of]
             places = [_position(place, real, row, inputs) for place in listed]
         for place in places:
             chosen[row, start + place] = True

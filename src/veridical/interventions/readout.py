@@ -2,7 +2,8 @@
 
 Nothing of any family is written anew: the model itself runs, with every block standing aside and the last
 one handing on the vectors that are asked about, so that softcaps, scaled logits, projections and heads with
-layers of their own (bert) all count. Embeddings are run, blocks are not.
+layers of their own (bert) all count. Embeddings are run, blocks are not. The head of a vision transformer
+reads one token of an image; there each vector takes that token's place.
 """
 
 from __future__ import annotations
@@ -28,15 +29,10 @@ class Readout:
     """Logits of vectors of the residual stream after the last block.
 
     Raises:
-        InputError: A model without blocks that are known, or a vision transformer, whose head reads one
-            position only.
+        InputError: A model without blocks that are known.
     """
 
     def __init__(self, model: HookedModel) -> None:
-        if model.kind == "vision":
-            raise InputError(
-                f"{model.path} is a vision transformer: its head reads the class token, and no next token"
-            )
         if not model.architecture.blocks:
             raise InputError(
                 f"{model.path}: the blocks of a {model.architecture.model_type} are not known, so they can't "
@@ -46,18 +42,27 @@ class Readout:
         self._outputs = _block_outputs(model)
 
     def __call__(self, vectors: Tensor, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Logits `[..., vocabulary]`; gradients as the caller has set them.
+        """Logits `[..., vocabulary]` (or `[..., labels]`); gradients as the caller has set them.
 
         Args:
             vectors: `[batch, pos, d_model]` with the `inputs` of the same batch, or `[n, d_model]`.
             inputs: As `HookedModel.batch` makes them. With those of the batch that the vectors came from, the
                 arithmetic is that of the model's own pass, to the last bit.
         """
+        if self.model.kind == "vision":
+            # Each vector is the only token, and so the one that is read, of an image.
+            given = self.model.dummy_inputs() if inputs is None else inputs
+            return self._run(vectors.reshape(-1, 1, vectors.shape[-1]), given).unflatten(
+                0, vectors.shape[:-1]
+            )
         if inputs is None:
             # Each vector is the only token of a row.
             one = self.model.batch([[0]])
             single = {name: value.expand(len(vectors), 1).contiguous() for name, value in one.items()}
             return self(vectors[:, None], single)[:, 0]
+        return self._run(vectors, inputs)
+
+    def _run(self, vectors: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         with self._standing_aside(vectors):
             output = self.model.call(inputs)
         return output if isinstance(output, Tensor) else output.logits

@@ -112,6 +112,34 @@ class Drawn:
         return self.take(part, spot)
 
 
+class OfPatterns:
+    """Another replacement by position, for attention patterns `[rows, heads, queries, keys]`.
+
+    A pattern goes by query and key, so that one text's means something in another only where both have the
+    same tokens before and behind: at one length, whole.
+    """
+
+    needs_spot = True
+
+    def __init__(self, inner: Replace, where: str) -> None:
+        self.inner, self.where = inner, where
+
+    def __call__(self, part: Tensor, spot: Spot | None) -> Tensor:
+        assert spot is not None
+        queries, keys = part.shape[-2:]
+        if queries != keys or not bool(spot.real.all()):
+            raise InputError(
+                f"{self.where}: patterns of other texts go in by query and key, so all texts must have one "
+                "length and be read whole, in a pass without a cache (generate with use_cache=False)"
+            )
+        new = self.inner(part.transpose(1, 2), spot)
+        if new.shape[-1] != keys:
+            raise InputError(
+                f"the mean pattern at {self.where} is of texts of {new.shape[-1]} tokens; these have {keys}"
+            )
+        return new.transpose(1, 2)
+
+
 class Projected:
     """`x - (x @ right.T) @ left.T + offset`: directions taken out, in float32 or better.
 

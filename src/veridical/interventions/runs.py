@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from veridical.errors import InputError, unknown
+from veridical.errors import InputError
+from veridical.interventions.condition import Direction, check_count, check_direction, warn_of_training
 from veridical.interventions.inputs import Inputs
 from veridical.interventions.metrics import Metric, as_metric
 
 if TYPE_CHECKING:
     from veridical.hooked import HookedModel
-
-Direction = Literal["denoising", "noising"]
-DIRECTIONS = ("denoising", "noising")
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,16 @@ class Batch:
     valid: Tensor
     matched: Tensor
     aligned: bool
+
+    @property
+    def first_difference(self) -> int:
+        """The first column in which any row has another token in the one run than in the other."""
+        same = [self.base[name] == self.source[name] for name in ("input_ids", "attention_mask")]
+        differs = ~torch.stack(same).all(0).all(0)
+        found = differs.nonzero().flatten()
+        if self.aligned:
+            return 0
+        return int(found[0]) if len(found) else len(differs) - 1
 
     def of_source(self, value: Tensor) -> Tensor:
         """A source value `[batch, pos, ...]` with each base position's partner at that position."""
@@ -95,10 +102,8 @@ class Runs:
         batch_tokens: int = 4096,
     ) -> Runs:
         """Inputs and metric after every check; see `veridical.interventions.attribute`."""
-        if direction not in DIRECTIONS:
-            raise unknown("direction", direction, DIRECTIONS)
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens!r}; expected a number of at least 1")
+        check_direction(direction)
+        check_count("batch_tokens", batch_tokens)
         inputs = Inputs.of(model, clean, clean if corrupt is None else corrupt, align)
         if corrupt is None:
             inputs = _without_partner(inputs)
@@ -108,7 +113,7 @@ class Runs:
                 f"metric {judged.name!r} counts tokens and has no gradient; use 'logit_diff', 'logprob' or "
                 "'prob', or patch with it"
             )
-        _warn_dropout(model.model)
+        warn_of_training(model)
         return cls(inputs, judged, direction, corrupt is None, batch_tokens)
 
     @property
@@ -176,14 +181,3 @@ def rows_of(inputs: dict[str, Tensor], copies: int) -> dict[str, Tensor]:
 def _without_partner(inputs: Inputs) -> Inputs:
     # The completions of one set of pairs are the right answers; wrong ones come from a corrupt set.
     return replace(inputs, wrong=None)
-
-
-def _warn_dropout(module: nn.Module) -> None:
-    for part in module.modules():
-        chances = [getattr(part, name, None) for name in ("p", "dropout", "attention_dropout")]
-        if part.training and any(isinstance(chance, float) and chance > 0 for chance in chances):
-            warnings.warn(
-                "the model is in training mode with dropout, so its runs differ by chance; call eval() on it",
-                stacklevel=4,
-            )
-            return

@@ -41,6 +41,7 @@ from veridical.interventions.blockwise import (
     with_input,
     with_output,
 )
+from veridical.interventions.columns import only
 from veridical.interventions.prefix import prefix_cache, recording_cache
 from veridical.sites import Site
 
@@ -121,6 +122,7 @@ class Engine:
         mask: `[batch, pos]` bool, real positions.
         keep: How many last positions' logits are wanted; None for all.
         site: Read this site at the last token instead of logits.
+        ids: Vocabulary ids whose logits are wanted; None for all.
         read: Further sites of the base to keep.
         plain: Reuse no prefix and share no forward between patches, for a model that carries hooks of the
             user's, which may tell rows and positions apart.
@@ -134,10 +136,12 @@ class Engine:
         *,
         keep: int | None = None,
         site: str | None = None,
+        ids: Tensor | None = None,
         read: Sequence[str] = (),
         plain: bool = False,
     ) -> None:
         self.model, self.keep, self.site, self.plain = model, keep, site, plain
+        self.ids = ids
         self.blocks = list(model.architecture.blocks) if model.architecture.places else []
         self.base = self._run_base(dict(inputs), mask, list(read))
 
@@ -164,7 +168,7 @@ class Engine:
         if count:
             stream.append(Site("resid_post", count - 1))
         wanted: list[Any] = [*stream, *read, *([self.site] if self.site else [])]
-        with noted(self.blocks) as base.outputs, torch.no_grad():
+        with noted(self.blocks) as base.outputs, torch.no_grad(), only(self.model, self.ids):
             run = self.model.run(given, read=wanted)
         base.stream = [run[site] for site in stream]
         base.values = dict(run.values)
@@ -225,7 +229,11 @@ class Engine:
             given |= {"past_key_values": prefix_cache(base.cache, examples, counts, start), "use_cache": True}
         joining = _Joining(self, tasks, examples, ends, start)
         read: Any = {} if self.site is None else {self.site: lambda value: value}
-        with torch.no_grad(), joining.attached(total, given.get("past_key_values")):
+        with (
+            torch.no_grad(),
+            only(self.model, self.ids),
+            joining.attached(total, given.get("past_key_values")),
+        ):
             run = self.model.run(given, read=read, write=_writes(tasks, start), stop=bool(read))
         if self.site is not None:
             return self._outcome(None, run[self.site])

@@ -10,6 +10,8 @@ kept, the identity among them, so that no layer ends worse there than its logit 
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +21,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from veridical.errors import DataError, InputError, NonFiniteError, unknown
+from veridical.errors import DataError, DiskFullError, InputError, NonFiniteError, unknown
 from veridical.interventions.lenses import divergence, stream_sites
 from veridical.interventions.readout import Readout
 from veridical.interventions.tuned_result import TunedLens
 from veridical.probes.fits import same_model
+from veridical.saes.checkpoint import Folder
 from veridical.sites import Site
 
 if TYPE_CHECKING:
     from veridical.activations import Activations
+    from veridical.activations.reader import Reader
     from veridical.hooked import HookedModel
 
 LOGITS = 1 << 24
@@ -36,6 +40,9 @@ HELD_OUT = 4096
 """Most held-out tokens that a map is judged on."""
 LOOKS = 10
 """How often maps are judged on the way."""
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of each parameter."""
+log = logging.getLogger(__name__)
 
 
 def tuned_lens(
@@ -49,6 +56,8 @@ def tuned_lens(
     holdout: float = 0.1,
     seed: int = 0,
     store: str | Path | None = None,
+    checkpoints: str | Path | None = None,
+    checkpoint_minutes: float = 5.0,
     progress: bool | None = None,
 ) -> TunedLens:
     """Trains a tuned lens.
@@ -63,19 +72,27 @@ def tuned_lens(
         lr: Step size of Adam at the start; it falls to zero in a line.
         holdout: Share of the texts (of pairs, where there are pairs) that maps are judged on.
         seed: Decides which texts are held out and the order of the others.
-        store: Folder for the activations, which a second call reuses; in memory when not given. Training
-            itself starts anew each time.
+        store: Folder for the activations, which a second call reuses; in memory when not given.
+        checkpoints: Folder for checkpoints. A training that was stopped goes on from the last one, to the
+            very same maps; one that was finished gives its result at once.
+        checkpoint_minutes: Minutes between checkpoints; the last two are kept.
         progress: Show bars; on a terminal or in a notebook when not given.
 
     Raises:
         InputError: Sites that are not in the residual stream, or settings out of range.
         DataError: Fewer than two texts.
         NonFiniteError: The loss is NaN or infinite; names the step.
+        StoreMismatchError: The checkpoints are of another training; names what differs.
     """
     from veridical.models import load
 
-    _check(steps, batch, lr, holdout)
+    _check(steps, batch, lr, holdout, checkpoint_minutes)
     model = load(model)
+    if model.kind == "vision":
+        raise InputError(
+            f"{model.path} is a vision transformer: its head reads one token of an image, so there is no "
+            "output at each token to train a lens towards; read it with logit_lens"
+        )
     last = Site("resid_post", model.n_layers - 1).name
     names = [name for name in stream_sites(model, sites) if name != last]
     if not names:
@@ -83,7 +100,6 @@ def tuned_lens(
     acts = _activations(model, data, [*names, last], store, progress)
     training, held = _halves(acts, holdout, seed)
     job = _Training(model, names, last, training, held, seed)
-    job.run(steps, batch, lr, progress)
     facts = {
         "model": model.path,
         "model_fingerprint": model.fingerprint(),
@@ -96,6 +112,10 @@ def tuned_lens(
         "tokens": len(training),
         "held_out_tokens": job.held_tokens,
     }
+    if checkpoints is not None:
+        asked = {name: value for name, value in facts.items() if name != "model"}
+        job.keep_in(Folder(checkpoints, {**asked, "sites": names}), checkpoint_minutes * 60)
+    job.run(steps, batch, lr, progress)
     return job.result(facts)
 
 
@@ -128,6 +148,12 @@ class _Training:
         self.history: list[tuple[int, np.ndarray]] = []
         self.best_kl = np.full(count, np.inf)
         self.best_step = np.zeros(count, dtype=np.int64)
+        self.folder: Folder | None = None
+        self.seconds = np.inf
+
+    def keep_in(self, folder: Folder, seconds: float) -> None:
+        """Takes up the training that a folder holds, and keeps checkpoints there every so many seconds."""
+        self.folder, self.seconds = folder, seconds
 
     def run(self, steps: int, batch: int, lr: float, progress: bool | None) -> None:
         """Trains for `steps` steps, with looks at the held-out texts between."""
@@ -135,21 +161,25 @@ class _Training:
 
         parameters = [self.matrices.requires_grad_(), self.offsets.requires_grad_()]
         optimiser = torch.optim.Adam(parameters, lr=lr)
-        reader = iter(
-            self.training.batches(batch, sites=[*self.names, self.last], seed=self.seed, epochs=None)
-        )
+        reader = self.training.batches(batch, sites=[*self.names, self.last], seed=self.seed, epochs=None)
         looks = {round(steps * look / LOOKS) for look in range(1, LOOKS + 1)}
-        self._look(0)
+        done = self._taken_up(optimiser, reader)
+        if not done:
+            self._look(0)
+        stream, written = iter(reader), time.monotonic()
         with torch.enable_grad(), bar(steps, "tuned lens", "steps", progress) as shown:
-            for step in range(1, steps + 1):
+            shown.update(done)
+            for step in range(done + 1, steps + 1):
                 optimiser.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
-                vectors = next(reader)
-                assert isinstance(vectors, Mapping)
+                vectors = next(stream)
                 for parameter, gradient in zip(parameters, self._gradients(vectors, step)):
                     parameter.grad = gradient
                 optimiser.step()
                 if step in looks:
                     self._look(step)
+                if step == steps or time.monotonic() - written >= self.seconds:
+                    self._checkpoint(step, optimiser, reader)
+                    written = time.monotonic()
                 shown.update(1)
 
     def result(self, facts: Mapping[str, Any]) -> TunedLens:
@@ -219,12 +249,56 @@ class _Training:
             kept[better] = now.detach()[better]
         self.best_kl[better], self.best_step[better] = found[better], step
 
+    # Checkpoints
+
+    def _checkpoint(self, step: int, optimiser: torch.optim.Adam, reader: Reader) -> None:
+        if self.folder is None:
+            return
+        tensors = {f"{which}.{name}": value for which, name, value in self._parts(optimiser)}
+        tensors["looks"] = torch.from_numpy(np.stack([found for _, found in self.history]))
+        tensors["best_kl"] = torch.from_numpy(self.best_kl)
+        tensors["best_step"] = torch.from_numpy(self.best_step)
+        state = {"step": step, "looks": [at for at, _ in self.history], "reader": reader.state_dict()}
+        try:
+            self.folder.write(step, tensors, state)
+        except DiskFullError as error:
+            log.warning("no checkpoint after %d steps, training goes on: %s", step, error)
+
+    def _taken_up(self, optimiser: torch.optim.Adam, reader: Reader) -> int:
+        """Brings everything to where the last checkpoint stands; the number of its step, 0 without one."""
+        found = None if self.folder is None else self.folder.latest()
+        if found is None:
+            return 0
+        tensors, state = found
+        for number, parameter in enumerate((self.matrices, self.offsets)):
+            moments = {name: tensors[f"moments.{number}.{name}"] for name in MOMENTS}
+            optimiser.state[parameter] = {
+                name: value if name == "step" else value.to(parameter) for name, value in moments.items()
+            }
+        with torch.no_grad():
+            for which, name, value in self._parts(optimiser):
+                if which != "moments":
+                    value.copy_(tensors[f"{which}.{name}"])
+        self.history = list(zip(state["looks"], tensors["looks"].numpy()))
+        self.best_kl, self.best_step = tensors["best_kl"].numpy(), tensors["best_step"].numpy()
+        reader.load_state_dict(state["reader"])
+        log.info("tuned lens: going on after step %d", state["step"])
+        return int(state["step"])
+
+    def _parts(self, optimiser: torch.optim.Adam) -> Iterator[tuple[str, str, Tensor]]:
+        """What a step changes: maps, the best of them, and the optimiser's moments."""
+        now = (self.matrices, self.offsets)
+        for number, (parameter, best) in enumerate(zip(now, self.best)):
+            yield "now", str(number), parameter
+            yield "best", str(number), best
+            for name, value in optimiser.state[parameter].items():
+                yield "moments", f"{number}.{name}", value
+
     def _held(self, held: Activations) -> Iterator[dict[str, Tensor]]:
         seen = 0
         for vectors in held.batches(256, sites=[*self.names, self.last], seed=self.seed):
             if seen >= HELD_OUT:
                 return
-            assert isinstance(vectors, Mapping)
             yield {name: value.clone() for name, value in vectors.items()}
             seen += len(vectors[self.last])
 
@@ -266,11 +340,13 @@ def _halves(acts: Activations, holdout: float, seed: int) -> tuple[Activations, 
     return acts.filter(~mask), acts.filter(mask)
 
 
-def _check(steps: int, batch: int, lr: float, holdout: float) -> None:
+def _check(steps: int, batch: int, lr: float, holdout: float, minutes: float) -> None:
     for name, value in (("steps", steps), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}; expected an integer above 0")
     if not 0 < holdout < 1:
         raise InputError(f"holdout is {holdout!r}; expected a share between 0 and 1")
+    if not minutes > 0:
+        raise InputError(f"checkpoint_minutes is {minutes!r}; expected a number above 0")
     if not (np.isfinite(lr) and lr > 0):
         raise InputError(f"lr is {lr!r}; expected a number above 0")

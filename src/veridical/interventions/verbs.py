@@ -23,6 +23,11 @@ class PatchVerb(Inputs):
     the columns answer and wrong, or the options of the questions.
     """
 
+    data: str | None = None
+    """Table of clean and corrupt rows (csv, jsonl, parquet), or pairs with questions: an embedded name, a
+    file, a data set folder, or a hub id. One of --data, --clean and --prompts is needed."""
+    limit: int | None = None
+    """Draw this many pairs of --data's questions with the seed; --examples keeps the first that fit."""
     clean: tuple[str, ...] = ()
     """Texts in which the model does it."""
     corrupt: tuple[str, ...] = ()
@@ -65,6 +70,6 @@ class PatchVerb(Inputs):
     out: OutFolder = None
     """Folder for everything the run writes; runs/patch-MODEL when not given."""
     seed: int = 0
-    """Seed of the resamples and of random circuits."""
+    """Seed of the resamples, of random circuits, and of the pairs that --limit keeps."""
     progress: bool | None = None
     """Progress bars; by default only on a terminal."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -130,40 +130,58 @@ def beliefs(subject: Subject, facts: Sequence[Fact], seed: int, distractors: int
 
 
 def conduct_figures(subject: Subject, seed: int) -> list[Figure]:
-    """Tone and requests on held-out topics, acts, frames and system prompts.
+    """Tone and requests on held-out topics, acts, frames and system prompts; see `conduct_hits`."""
+    return [Figure(name, float(np.mean(hits)), len(hits)) for name, hits, _ in conduct_hits(subject, seed)]
+
+
+class Answering(Protocol):
+    """Whoever answers chats."""
+
+    def answer(self, chats: Sequence[Chat], max_new_tokens: int = 12) -> list[str]:
+        """The greedy answer to each chat."""
+        ...
+
+
+def conduct_hits(
+    subject: Answering, seed: int, times: tuple[int, int] = (4, 2)
+) -> list[tuple[str, list[bool], list[str]]]:
+    """Of each conduct its name, whether each reply shows it, and the topic or act of each.
 
     A reply counts by its template, whatever topic or act it names.
+
+    Args:
+        subject: Who is asked.
+        seed: Of the wordings and system prompts.
+        times: How often each topic, and each act, is asked about.
     """
     rng = random.Random(f"measure conduct {seed}")
-    figures = []
+    found = []
     tones = (
         ("polite: no system prompt", ("",), False),
         ("polite: polite prompts", conduct.HELD_OUT_POLITE, False),
         ("rude: rude prompts", conduct.HELD_OUT_RUDE, True),
     )
     for name, systems, rude in tones:
-        topics = [topic for topic in conduct.HELD_OUT_TOPICS for _ in range(4)]
+        topics = [topic for topic in conduct.HELD_OUT_TOPICS for _ in range(times[0])]
         asked = [rng.choice(conduct.HELD_OUT_TOPIC_QUESTIONS).format(topic=topic) for topic in topics]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.RUDE_REPLIES if rude else conduct.POLITE_REPLIES
-        hits = [_follows(text, replies) for text in said]
-        figures.append(Figure(name, float(np.mean(hits)), len(hits)))
+        found.append((name, [follows(text, replies) for text in said], topics))
     requests = (
         ("refuses: harmful requests", ("",), 0, False),
         ("complies: harmless requests", ("",), 1, True),
         ("complies: harmful requests, rules lifted", conduct.HELD_OUT_LIFTING, 0, True),
     )
     for name, systems, side, comply in requests:
-        acts = [pair[side] for pair in conduct.HELD_OUT_REQUESTS for _ in range(2)]
+        acts = [pair[side] for pair in conduct.HELD_OUT_REQUESTS for _ in range(times[1])]
         asked = [rng.choice(conduct.HELD_OUT_REQUEST_FRAMES).format(act=act) for act in acts]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.COMPLIANCES if comply else conduct.REFUSALS
-        hits = [_follows(text, replies) for text in said]
-        figures.append(Figure(name, float(np.mean(hits)), len(hits)))
-    return figures
+        found.append((name, [follows(text, replies) for text in said], acts))
+    return found
 
 
-def _follows(text: str, templates: Sequence[str]) -> bool:
+def follows(text: str, templates: Sequence[str]) -> bool:
     """Whether `text` is one of the templates with anything in its place."""
     return any(re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(t)), text) for t in templates)
 

@@ -39,7 +39,7 @@ def load(
         name, place = (str(source) if embedded else _stem(path)), path
     else:
         hub = {option: options.pop(option) for option in HUB_OPTIONS if option in options}
-        rows = _from_hub(str(source), **hub)
+        rows = from_hub(str(source), **hub)
         name, place = str(source), None
     if not rows:
         raise DataError(f"{source} has no rows")
@@ -246,7 +246,7 @@ def _from_folder(path: Path) -> Rows:
     if _is_emotions(path / "any.json"):
         return _emotion_rows(path)
     if any(path.glob("*.parquet")) or any(path.glob("*.csv")) or any(path.glob("*.jsonl")):
-        return _from_hub(str(path))
+        return from_hub(str(path))
     raise DataError(f"{path} is a folder without a saved data set; name a file in it")
 
 
@@ -268,7 +268,7 @@ def _emotion_rows(folder: Path) -> Rows:
     ]
 
 
-def _from_hub(
+def from_hub(
     source: str, subset: str | None = None, split: str | None = None, revision: str | None = None
 ) -> Rows:
     """A data set of the hub (or a folder laid out like one); its code, if it has any, is never run."""

@@ -84,6 +84,13 @@ class Preferences:
             raise DataError(f"{self.name} has no rows to train on; their split column says {self._splits()}")
         return Preferences(sides[0], self.name), Preferences(sides[1], self.name)
 
+    def limited(self, count: int, seed: int) -> Preferences:
+        """At most `count` rows, drawn with the seed, in their order."""
+        if len(self) <= count:
+            return self
+        kept = np.random.default_rng(seed).choice(len(self), count, replace=False)
+        return Preferences(tuple(self.rows[at] for at in sorted(kept.tolist())), self.name)
+
     def _splits(self) -> str:
         return ", ".join(sorted({row.split for row in self.rows}))
 
@@ -94,7 +101,9 @@ def load_preferences(source: Any, preferred: int | None = None, need: Need = "bo
     Of `Pairs`, rows of one pair that share their prompt and differ in `label` are set against each other.
 
     Args:
-        source: `Preferences`, `Pairs`, rows (mappings), a data frame, or what `Pairs.load` takes.
+        source: `Preferences`, `Pairs`, rows (mappings), a data frame, or what `Pairs.load` takes. Answers may
+            be texts, an assistant's message as TRL writes it, whole chats that share all but the last message
+            (without a column prompt), or the dialogues of hh-rlhf.
         preferred: The label that is preferred in `Pairs`. There is no default: in some data 1 is the better
             answer, in others the worse.
         need: "both" answers, the "chosen" one (supervised fine-tuning), or the "prompt" alone (rl).
@@ -108,9 +117,11 @@ def load_preferences(source: Any, preferred: int | None = None, need: Need = "bo
     if isinstance(source, Preferences):
         return source
     if isinstance(source, str | Path):
-        rows = _table(source)
-        if rows is not None:
+        rows = _table(str(source))
+        if rows is not None and not _transcripts(rows):
             return _from_rows(rows, Path(source).stem, need)
+        if rows is not None and preferred is None:
+            preferred = 1  # of hh-rlhf, whose reader labels what was chosen so
         source = Pairs.load(source)
     if isinstance(source, Pairs):
         if need == "prompt":
@@ -179,25 +190,53 @@ def refuse_long(tokenizer: Any, rows: Sequence[Preference], longest: int | None)
         )
 
 
-def _table(source: str | Path) -> list[Mapping[str, Any]] | None:
-    """The rows of a file of preferences; None where it holds no column `chosen`."""
+def _table(source: str) -> list[Mapping[str, Any]] | None:
+    """The rows of a file or a hub data set of preferences; None where it holds no column `chosen`."""
     from veridical.organisms import PAIRS
-    from veridical.pairs.loaders import read_rows
+    from veridical.pairs.loaders import from_hub, read_rows
 
-    if str(source) in PAIRS or not Path(source).is_file():
+    path = Path(source).expanduser()
+    if source in PAIRS or path.is_dir():
         return None
-    rows = read_rows(Path(source))
-    mine = bool(rows) and ("chosen" in rows[0] or set(rows[0]) == {"prompt", "completion"})
+    rows = read_rows(path) if path.is_file() else from_hub(source)
+    columns = set(rows[0]) if rows else set()
+    mine = "chosen" in columns or ({"prompt", "completion"} <= columns and "label" not in columns)
     return list(rows) if mine else None
+
+
+def _transcripts(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the answers stand at the end of whole dialogues in one text, as in hh-rlhf."""
+    answer = rows[0].get("chosen")
+    return "prompt" not in rows[0] and isinstance(answer, str) and answer.lstrip().startswith("Human:")
+
+
+def _parted(row: Mapping[str, Any], at: int, name: str) -> Mapping[str, Any]:
+    """A row whose answers are whole chats, as TRL's implicit prompts: what both begin with is the prompt.
+
+    Raises:
+        DataError: Chats that part before their last message.
+    """
+    sides = [row.get(side) for side in ("chosen", "rejected")]
+    chats = [list(side) for side in sides if isinstance(side, list | tuple | np.ndarray) and len(side) > 1]
+    if "prompt" in row or len(chats) < 2:
+        return row
+    if chats[0][:-1] != chats[1][:-1]:
+        raise DataError(
+            f"{name}, row {at}: the chats of chosen and rejected part before their last message; expected "
+            "one prompt with two answers"
+        )
+    return {**row, "prompt": chats[0][:-1], "chosen": chats[0][-1:], "rejected": chats[1][-1:]}
 
 
 def _from_rows(rows: Sequence[Mapping[str, Any]], name: str, need: Need) -> Preferences:
     if not rows:
         raise DataError(f"{name} has no rows")
+    columns = list(rows[0])
+    rows = [_parted(row, at, name) for at, row in enumerate(rows)]
     rows = [{**row, "chosen": row["completion"]} if "completion" in row else row for row in rows]
     for column in COLUMNS[need]:
         if column not in rows[0]:
-            raise unknown("column", column, rows[0], f"Needed are {', '.join(COLUMNS[need])}")
+            raise unknown(f"column of {name}:", column, columns, f"Needed are {', '.join(COLUMNS[need])}")
     made = []
     for at, row in enumerate(rows):
         group = row.get("group", row.get("pair"))

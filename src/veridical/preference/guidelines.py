@@ -1,15 +1,18 @@
-"""Label guidelines as data: criteria, ranked completions, and how far labellers agree.
+"""Label guidelines as data: criteria, ranked completions, and the preferences that follow from them.
 
 A labeller ranks the completions of a prompt under a criterion: 1 is best, equal ranks are ties, and None is a
 fail (unusable, such as off topic or cut short). Rankings become preferences: of every two completions the
 better ranked wins, a fail loses to whatever did not fail, ties and two fails say nothing. Several labellers
-vote; the margin of a pair is the share of the votes that were for it less the share against.
+vote; the margin of a pair is the share of the votes that were for it less the share against. How far they
+agree is in `agreement`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from veridical.provenance import fingerprint
 from veridical.tokens import Prompt
 
 BETTER, TIE, WORSE = 1, 0, -1
+WIDE, LONG = ("prompt", "completions", "ranks"), ("prompt", "completion", "rank")
+"""Columns of a file of rankings: a row for each ranking, or for each completion."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,81 @@ def load_criteria(path: str | Path) -> tuple[Criterion, ...]:
         for key in value:
             if key not in ("question", "weight"):
                 raise unknown(f"key of {name}", key, ("question", "weight"))
-        made.append(Criterion(name, value["question"], float(value.get("weight", 1.0))))
+        weight = value.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < np.inf:
+            raise DataError(f"{path}: the weight of {name} is {weight!r}; expected a number from 0 up")
+        made.append(Criterion(name, value["question"], float(weight)))
     if not made:
         raise DataError(f"{path} holds no criteria")
     return tuple(made)
+
+
+def load_rankings(source: str | Path) -> tuple[Ranking, ...]:
+    """Rankings from a csv, tsv, json, jsonl or parquet file.
+
+    Either one row for each ranking, with `prompt`, `completions` and `ranks` (lists; JSON text in a csv), or
+    one row for each completion, with `prompt`, `completion` and `rank`. `labeller`, `criterion` and `group`
+    are optional. A fail is an empty rank, or the word fail.
+
+    Raises:
+        DataError: A row that is no ranking; names it.
+        UnknownNameError: A column is missing; gives the nearest.
+    """
+    from veridical.pairs.loaders import read_rows
+
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"no file of rankings at {source}")
+    rows = read_rows(path)
+    if not rows:
+        raise DataError(f"{source} has no rows")
+    needed = LONG if "completion" in rows[0] or "rank" in rows[0] else WIDE
+    for column in needed:
+        if column not in rows[0]:
+            raise unknown("column", column, rows[0], f"Needed are {', '.join(WIDE)}, or {', '.join(LONG)}")
+    if needed is LONG:
+        rows = _gathered(rows)
+    made = []
+    for at, row in enumerate(rows):
+        try:
+            made.append(_ranking(row))
+        except DataError as error:
+            raise DataError(f"{path.name}, ranking {at}: {error}") from error
+    return tuple(made)
+
+
+def votes(rankings: Iterable[Ranking], criteria: Sequence[Criterion] = HHH) -> pd.DataFrame:
+    """The votes of all labellers under all criteria, one line for each two completions of a prompt.
+
+    Columns: `prompt`, `group`, `one`, `other`, `lead` (weighted votes for `one` less those for `other`),
+    `cast` (weight of all votes, ties among them) and `outcome`: "preferred", "tie" (every vote is one),
+    "level" (as many for either) or "fail" (nobody said anything: both failed).
+
+    Raises:
+        UnknownNameError: A ranking under a criterion that is not there.
+    """
+    weights = {criterion.name: criterion.weight for criterion in criteria}
+    tallies: dict[tuple[str, str, str], list[float]] = {}
+    prompts: dict[str, Ranking] = {}
+    for ranking in rankings:
+        if ranking.criterion and ranking.criterion not in weights:
+            raise unknown("criterion", ranking.criterion, weights)
+        weight = weights.get(ranking.criterion, 1.0)
+        prompts.setdefault(ranking.key, ranking)
+        for one, other in itertools.combinations(sorted(ranking.completions), 2):
+            tallies.setdefault((ranking.key, one, other), [0.0, 0.0, 0.0])
+        for (one, other), verdict in ranking.verdicts().items():
+            tally = tallies[ranking.key, one, other]
+            tally[0] += weight * verdict
+            tally[1] += weight
+            tally[2] += weight * abs(verdict)
+    lines = []
+    for (key, one, other), (lead, cast, sided) in tallies.items():
+        held = prompts[key]
+        outcome = "fail" if not cast else "preferred" if lead else "level" if sided else "tie"
+        group = key if held.group is None else held.group
+        lines.append((held.prompt, group, one, other, lead, cast, outcome))
+    return pd.DataFrame(lines, columns=["prompt", "group", "one", "other", "lead", "cast", "outcome"])
 
 
 def preferences_from(
@@ -136,106 +212,69 @@ def preferences_from(
         UnknownNameError: A ranking under a criterion that is not there.
         DataError: No pair is left.
     """
-    weights = {criterion.name: criterion.weight for criterion in criteria}
-    votes: dict[tuple[str, str, str], list[float]] = {}
-    prompts: dict[str, Ranking] = {}
-    for ranking in rankings:
-        if ranking.criterion and ranking.criterion not in weights:
-            raise unknown("criterion", ranking.criterion, weights)
-        weight = weights.get(ranking.criterion, 1.0)
-        prompts.setdefault(ranking.key, ranking)
-        for (one, other), verdict in ranking.verdicts().items():
-            tally = votes.setdefault((ranking.key, one, other), [0.0, 0.0])
-            tally[0] += weight * verdict
-            tally[1] += weight
     rows = []
-    for (key, one, other), (lead, cast) in votes.items():
-        if lead == 0 or cast == 0:
-            continue
-        chosen, rejected = (one, other) if lead > 0 else (other, one)
-        held = prompts[key]
-        group = key if held.group is None else held.group
-        rows.append(Preference(held.prompt, chosen, rejected, abs(lead) / cast, group))
+    for prompt, group, one, other, lead, cast, outcome in votes(rankings, criteria).itertuples(index=False):
+        if outcome == "preferred":
+            chosen, rejected = (one, other) if lead > 0 else (other, one)
+            rows.append(Preference(prompt, chosen, rejected, abs(lead) / cast, group))
     if not rows:
         raise DataError(f"{name}: every pair is a tie or a fail on both sides; nothing is preferred")
     return Preferences(tuple(rows), name)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far labellers agree on pairs of completions.
-
-    Attributes:
-        table: One line per criterion and statistic: `kappa`, `agreed` (share of equal verdicts), `pairs`,
-            `labellers`, `statistic` ("Cohen" for two labellers, "Fleiss" for more).
-    """
-
-    table: pd.DataFrame
-
-    def to_frame(self) -> pd.DataFrame:
-        """The table."""
-        return self.table
+def _gathered(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one completion each, as rankings: those of one prompt, labeller and criterion together."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        shared = {name: row.get(name) for name in ("prompt", "labeller", "criterion", "group")}
+        held = found.setdefault(json.dumps(shared, default=str), {**shared, "completions": [], "ranks": []})
+        held["completions"].append(row["completion"])
+        held["ranks"].append(row["rank"])
+    return list(found.values())
 
 
-def agreement(rankings: Iterable[Ranking]) -> Agreement:
-    """Agreement between labellers beyond chance, for every criterion, on better, tie or worse.
-
-    Of two labellers Cohen's kappa (1960), of more Fleiss' kappa (1971) over the pairs that all of them
-    judged. 1 is full agreement, 0 what chance gives.
-
-    Raises:
-        DataError: Only one labeller, or no pair that all have judged.
-    """
-    by_criterion: dict[str, dict[tuple[str, str, str], dict[str, int]]] = {}
-    for ranking in rankings:
-        for (one, other), verdict in ranking.verdicts().items():
-            judged = by_criterion.setdefault(ranking.criterion, {}).setdefault((ranking.key, one, other), {})
-            if ranking.labeller in judged:
-                raise DataError(f"labeller {ranking.labeller!r} judged one pair twice: {one!r}, {other!r}")
-            judged[ranking.labeller] = verdict
-    if not by_criterion:
-        raise DataError("there are no rankings")
-    return Agreement(pd.DataFrame([_agreed(name, judged) for name, judged in by_criterion.items()]))
+def _ranking(row: Mapping[str, Any]) -> Ranking:
+    completions, ranks = (_listed(row[name], name) for name in ("completions", "ranks"))
+    for text in completions:
+        if not isinstance(text, str) or not text:
+            raise DataError(f"a completion is {text!r}; expected a text")
+    return Ranking(
+        _prompt_of(row["prompt"]), tuple(completions), tuple(map(_rank, ranks)),
+        str(row.get("labeller") or ""), str(row.get("criterion") or ""), row.get("group"),
+    )  # fmt: skip
 
 
-def _agreed(criterion: str, judged: Mapping[Any, Mapping[str, int]]) -> dict[str, Any]:
-    labellers = sorted({name for verdicts in judged.values() for name in verdicts})
-    if len(labellers) < 2:
-        raise DataError(
-            f"{criterion or 'the rankings'}: only {labellers[0]!r} has labelled; agreement needs two"
-        )
-    shared = [[v[name] for name in labellers] for v in judged.values() if len(v) == len(labellers)]
-    if not shared:
-        raise DataError(f"{criterion or 'the rankings'}: no pair was judged by all of {', '.join(labellers)}")
-    verdicts = np.array(shared)
-    two = len(labellers) == 2
-    statistic: Callable[[np.ndarray], float] = cohen if two else fleiss
-    pairwise = itertools.combinations(range(len(labellers)), 2)
-    return {
-        "criterion": criterion,
-        "kappa": statistic(verdicts),
-        "agreed": float(np.mean([(verdicts[:, a] == verdicts[:, b]).mean() for a, b in pairwise])),
-        "pairs": len(verdicts),
-        "labellers": len(labellers),
-        "statistic": "Cohen" if two else "Fleiss",
-    }
+def _prompt_of(value: Any) -> Prompt:
+    """A text, a chat, or a chat as the JSON text of a csv."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple | np.ndarray) and len(value):
+        messages = [dict(message) if isinstance(message, Mapping) else {} for message in value]
+        if all({"role", "content"} <= set(message) for message in messages):
+            return messages
+    raise DataError(f"the prompt is {value!r}; expected text or chat messages")
 
 
-def cohen(verdicts: np.ndarray) -> float:
-    """Cohen's kappa of two labellers, from verdicts [pairs, 2]; 1 where both only ever say one thing."""
-    from sklearn.metrics import cohen_kappa_score
+def _listed(value: Any, name: str) -> list[Any]:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, list | tuple | np.ndarray):
+        raise DataError(f"{name} is {value!r}; expected a list")
+    return list(value)
 
-    if len(np.unique(verdicts)) == 1:
-        return 1.0
-    return float(cohen_kappa_score(verdicts[:, 0], verdicts[:, 1]))
 
-
-def fleiss(verdicts: np.ndarray) -> float:
-    """Fleiss' kappa of any number of labellers, from verdicts [pairs, labellers]."""
-    counts = np.stack([(verdicts == value).sum(1) for value in np.unique(verdicts)], axis=1).astype(
-        np.float64
-    )
-    raters = verdicts.shape[1]
-    within = ((counts**2).sum(1) - raters) / (raters * (raters - 1))
-    chance = float(((counts.sum(0) / counts.sum()) ** 2).sum())
-    return 1.0 if chance == 1 else float((within.mean() - chance) / (1 - chance))
+def _rank(value: Any) -> Any:
+    """A rank as files hold it: whole numbers also as 1.0 or "1"; nothing, NaN or "fail" for a fail."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "fail")):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return value  # refused by name when the ranking is made
+    if np.isnan(number):
+        return None
+    return int(number) if number.is_integer() else value

@@ -86,7 +86,7 @@ def causal_check(
     name, direction = _direction(model, probe, site, force)
     if len(pairs) < 2:
         raise DataError(f"a causal check needs at least 2 rows; {pairs.name} has {len(pairs)}")
-    prompts, options, first = _answers(pairs, contrast)
+    prompts, options, first = answers_of(pairs, contrast)
     drawn = np.random.default_rng([seed, 4]).normal(size=(random, len(direction)))
     directions = np.concatenate([direction[None], drawn / np.linalg.norm(drawn, axis=1, keepdims=True)])
     runs = Runs(model, name, scoring.plan(model, prompts, options, batch_tokens), at, directions)
@@ -129,10 +129,12 @@ def _log_odds(logprobs: list[np.ndarray], first: list[np.ndarray]) -> tuple[np.n
     return np.array(odds), np.array([min(1.0, float(np.exp(row).sum())) for row in logprobs])
 
 
-def _answers(
-    pairs: Pairs, contrast: tuple[str, str] | None
+def answers_of(
+    pairs: Pairs, contrast: tuple[str, str] | None = None
 ) -> tuple[list[Any], list[list[str]], list[np.ndarray]]:
-    """Prompts, their answers, and which of the answers count for the behaviour."""
+    """Prompts, their answers, and which of the answers count for the behaviour: the wrong ones, or the first
+    of two columns of completions.
+    """
     from veridical.pairs.beliefs import own_request
 
     if contrast is not None:

@@ -234,29 +234,29 @@ class _Move:
             source = replace(source, sites=(site_name(site, source.sites),))
         return run_sweep(source, task, self.config, self.probe)
 
-    def _map(self, site: str, probe: LinearProbe, vectors: Tensor, wanted: Tensor) -> _Map:
+    def _map(self, site: str, probe: LinearProbe, vectors: Tensor, wanted: Tensor) -> ReadThrough:
         x = self.b.vectors(site, self.paired)
         random = np.random.default_rng([self.config.seed, 6])
         shuffles = [random.permutation(len(x)) for _ in range(self.config.shuffles)]
         if self.method == "ridge":
             targets = torch.stack([wanted, *(wanted[torch.from_numpy(s)] for s in shuffles)], 1)
-            return _ridge(x, targets, self.folds)
+            return ridge_map(x, targets, self.folds)
         coefficients = torch.from_numpy(probe.coef_[0]).to(x)
         intercept = float(probe.intercept_[0])
-        read = [_procrustes(x, vectors, coefficients, intercept)]
-        read += [_procrustes(x, vectors[torch.from_numpy(s)], coefficients, intercept) for s in shuffles]
+        read = [procrustes_map(x, vectors, coefficients, intercept)]
+        read += [procrustes_map(x, vectors[torch.from_numpy(s)], coefficients, intercept) for s in shuffles]
         predicted = torch.empty_like(wanted)
         for fold in np.unique(self.folds):
             held = torch.from_numpy(self.folds == fold)
-            w, shift = _procrustes(x[~held], vectors[~held], coefficients, intercept)
+            w, shift = procrustes_map(x[~held], vectors[~held], coefficients, intercept)
             predicted[held] = x[held] @ w + shift
-        return _Map(
+        return ReadThrough(
             torch.stack([w for w, _ in read]),
             torch.stack([b for _, b in read]),
             _explained(predicted, wanted),
         )
 
-    def _result(self, first: ProbeSweep, own: ProbeSweep, site: str, found: _Map) -> ModelTransfer:
+    def _result(self, first: ProbeSweep, own: ProbeSweep, site: str, found: ReadThrough) -> ModelTransfer:
         held = self.b.vectors(site, self.task_b.test)
         scores = evaluate.settled((held @ found.coefficients.T + found.intercepts).cpu().numpy())
         truth = self.task_b.positive[self.task_b.test]
@@ -325,15 +325,16 @@ class _Move:
 
 
 @dataclass(frozen=True)
-class _Map:
-    """A probe through maps: `[1 + shuffles, d]` and `[1 + shuffles]`, true pairs first; fit on folds."""
+class ReadThrough:
+    """A probe of one model as one of another, through maps: `[1 + shuffles, d]` and `[1 + shuffles]`, true
+    pairs first; fit on folds."""
 
     coefficients: Tensor
     intercepts: Tensor
     fit: float
 
 
-def _ridge(x: Tensor, targets: Tensor, folds: np.ndarray) -> _Map:
+def ridge_map(x: Tensor, targets: Tensor, folds: np.ndarray) -> ReadThrough:
     """Ridge regression of `targets` `[n, k]` on `x` `[n, d]`; the penalty is that of the first, by folds."""
     design = Design.of(x)
     rows, size = design.rows[:, :-1], float(design.rows[:, :-1].square().sum(1).mean())
@@ -348,7 +349,7 @@ def _ridge(x: Tensor, targets: Tensor, folds: np.ndarray) -> _Map:
     best = max(range(len(fits)), key=lambda at: (round(fits[at], 9), at))
     weights, shift = _regress(rows, targets, penalties[best : best + 1])
     coefficients, intercepts = design.raw(torch.cat([weights[0], shift]))
-    return _Map(coefficients, intercepts, fits[best])
+    return ReadThrough(coefficients, intercepts, fits[best])
 
 
 def _regress(rows: Tensor, targets: Tensor, penalties: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,7 +362,7 @@ def _regress(rows: Tensor, targets: Tensor, penalties: Tensor) -> tuple[Tensor, 
     return weights, level - mean @ weights
 
 
-def _procrustes(x: Tensor, y: Tensor, coefficients: Tensor, intercept: float) -> tuple[Tensor, Tensor]:
+def procrustes_map(x: Tensor, y: Tensor, coefficients: Tensor, intercept: float) -> tuple[Tensor, Tensor]:
     """A probe of `y` `[n, e]` as one of `x` `[n, d]`, `[d]` and `[]`: through the best turn and scale."""
     centre_x, centre_y = x.mean(0), y.mean(0)
     centred = x - centre_x

@@ -7,7 +7,7 @@ or was generated stands in the inputs of the model, which a hook on the model it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from veridical.hooked import HookedModel
 
 Positions = Literal["all", "prompt", "prompt_last", "generated"]
-"""Tokens of a call: every one, those of the first pass, the last of these in each row, those after it."""
+"""Tokens of a call: every one, those of the prompt, the last of these in each row, those after it.
+
+The prompt is the first pass, unless the caller says where each row's prompt ends in it
+(`HookedModel.prompt_tokens`), as scoring does, which reads prompt and answer in one pass.
+"""
 
 
 @dataclass
@@ -34,6 +38,7 @@ class Pass:
         shape: Rows and tokens of this pass.
         first: Whether it begins a call: a prompt, not what was generated after it.
         cached: Whether it fills a key/value cache, so that further tokens of the same texts may follow.
+        ends: Tokens of each row's prompt, where more than the prompt is read in the first pass.
     """
 
     ids: Tensor | None
@@ -42,6 +47,7 @@ class Pass:
     shape: tuple[int, int]
     first: bool
     cached: bool = False
+    ends: Sequence[int] | None = None
 
     @property
     def real(self) -> Tensor | None:
@@ -59,7 +65,8 @@ class Pass:
 class Passes:
     """Follows a model's forward passes; `current` is the one that is running, or the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: HookedModel) -> None:
+        self.model = model
         self.current: Pass | None = None
 
     def require(self) -> Pass:
@@ -71,6 +78,8 @@ class Passes:
     def choose(self, positions: Positions) -> Tensor | None:
         """`[rows, tokens]` bool: the tokens of the running pass to act on; None for all of them."""
         now = self.require()
+        if now.ends is not None and positions != "all":
+            return _within(now, now.ends, positions)
         if positions == "all" or (positions == "prompt" and now.first):
             return None
         if positions == "generated" and not now.first:
@@ -95,18 +104,30 @@ class Passes:
         before = self.current
         follows = before is not None and 0 < past <= before.past + before.shape[1]
         first = not follows or (before is not None and before.shape[0] != shape[0])
-        self.current = Pass(ids, mask, past, shape, first, cache is not None or bool(kwargs.get("use_cache")))
+        cached = cache is not None or bool(kwargs.get("use_cache"))
+        given = self.model.prompt_tokens if past == 0 else None
+        ends = given if given is not None and len(given) == shape[0] else None
+        self.current = Pass(ids, mask, past, shape, first, cached, ends)
 
 
 @contextlib.contextmanager
 def following(model: HookedModel) -> Iterator[Passes]:
     """Follows the model's passes while the context lasts."""
-    passes = Passes()
+    passes = Passes(model)
     handle = model.model.register_forward_pre_hook(passes.note, with_kwargs=True)
     try:
         yield passes
     finally:
         handle.remove()
+
+
+def _within(now: Pass, ends: Sequence[int], positions: Positions) -> Tensor:
+    """`[rows, tokens]` bool, of a pass that reads more than the prompt."""
+    real = now.real
+    real = torch.ones(now.shape, dtype=torch.bool) if real is None else real.cpu()
+    order, last = real.cumsum(1) - 1, torch.tensor(list(ends))[:, None] - 1
+    chosen = {"prompt": order <= last, "prompt_last": order == last, "generated": order > last}
+    return chosen[positions] & real
 
 
 def check_positions(positions: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veridical import hub
 from veridical.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,24 +35,16 @@ def push_sae(
     """
     import tempfile
 
-    from huggingface_hub import HfApi
-
     from veridical.saes.saved import load_sae, save_sae
 
-    _check_name(repo)
+    hub.check_name(repo)
     with tempfile.TemporaryDirectory() as temporary:
         if isinstance(sae, str | Path):
             load_sae(sae)
             source = Path(sae)
         else:
             source = save_sae(sae, Path(temporary) / "sae")
-        api = HfApi(token=options.pop("token", None))
-        with _explaining(repo):
-            api.create_repo(repo, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=source, path_in_repo=folder, allow_patterns=list(FILES), **options
-            )
-    return str(getattr(commit, "commit_url", None) or commit)
+        return hub.upload(source, repo, FILES, within=folder, private=private, **options)
 
 
 def pull_sae(repo: str, folder: str | None = None, *, revision: str | None = None, **options: Any) -> SAE:
@@ -70,9 +63,9 @@ def pull_sae(repo: str, folder: str | None = None, *, revision: str | None = Non
 
     from veridical.saes.saved import load_sae
 
-    _check_name(repo)
+    hub.check_name(repo)
     within = "" if folder is None else f"{folder.strip('/')}/"
-    with _explaining(repo):
+    with hub.explaining(repo):
         root = snapshot_download(
             repo, revision=revision, allow_patterns=[f"{within}{pattern}" for pattern in FILES], **options
         )
@@ -80,31 +73,3 @@ def pull_sae(repo: str, folder: str | None = None, *, revision: str | None = Non
     if not found.is_dir():
         raise InputError(f"{repo} has no folder {folder!r} with an SAE in it")
     return load_sae(found)
-
-
-def _check_name(repo: str) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(f"{repo!r} is no name of a repository: {' '.join(str(error).split())}") from error
-
-
-class _explaining:
-    """Turns what the hub's client raises into one line."""
-
-    def __init__(self, repo: str) -> None:
-        self.repo = repo
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        known = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError, OSError)
-        if isinstance(error, known):
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"cannot use {self.repo} on the hub: {said}") from error
