@@ -58,11 +58,11 @@ def test_the_best_is_never_cancelled_in_any_order_of_arrival():
         judge = halving(5, control="m2")
         for number in order:
             judge.judge([at(number, figures[number])])
-            gone = {one.name for one in judge.judgements if not one.kept}
-            judge.overtaken([f"m{other}" for other in range(5) if f"m{other}" not in gone])
         gone = {one.name for one in judge.judgements if not one.kept}
         assert not {"m1", "m2"} & gone  # the best, and the control
-        assert "m4" in gone  # not among the best three of all five, whoever came first
+    together = halving(5, control="m2")
+    together.judge([at(number, figures[number]) for number in range(5)])
+    assert {one.name for one in together.judgements if not one.kept} == {"m4"}
 
 
 def test_unlike_members_are_never_compared():
@@ -148,16 +148,10 @@ def test_a_spared_control_competes_no_more():
     assert not second[0].spared
 
 
-def test_an_overtaken_member_goes_between_rungs():
+def test_a_member_is_due_at_the_rung_that_it_was_not_judged_at():
     judge = halving(6, control="m5")
-    judge.judge([at(0, 0.5)])
+    assert judge.due("m1", 1000)
     judge.judge([at(1, 0.6)])
-    judge.judge([at(2, 0.7)])
-    assert not judge.of("m1")[0].overtaken
-    assert judge.of("m0")[0].kept
-    gone = judge.overtaken(["m0", "m1", "m2"])
-    assert [one.name for one in gone] == ["m0"]
-    assert gone[0].reason.startswith("overtaken: rank 3 of 3 after 1,000 tokens, of which 2 go on")
     assert judge.due("m1", 2000)
     assert not judge.due("m1", 1999)
 
@@ -175,8 +169,6 @@ def test_the_state_is_json_and_decides_alike():
         resumed.restore(json.loads(json.dumps(other.state())))
         other = resumed
         assert one.judge(arrivals[cut:]) == other.judge(arrivals[cut:])
-        running = [f"m{n}" for n in names]
-        assert one.overtaken(running) == other.overtaken(running)
     assert one.judgements == other.judgements
 
 

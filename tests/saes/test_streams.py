@@ -50,6 +50,29 @@ def test_every_stream_goes_on_exactly_where_another_stood(acts):
         assert sizes == 64 * (160 - 33), name
 
 
+def test_every_stream_goes_back_to_where_it_stood(acts):
+    """More than once, from anywhere, and its state is that place also before the next batch is read."""
+    for name, make in streams(acts):
+        expected, stream = list(islice(make().batches(64), 30)), make()
+        assert stream.rewinds, name
+        begin = stream.state()
+        list(islice(stream.batches(64), 9))
+        for _ in range(2):
+            stream.restore(begin)
+            list(islice(stream.batches(64), 4))
+            middle = stream.state()
+            stream.restore(middle)
+            assert stream.state() == middle, name
+            for number, batch in enumerate(islice(stream.batches(64), 20)):
+                for site, values in batch.items():
+                    assert torch.equal(values, expected[4 + number][site]), (name, number)
+
+
+def test_an_iterator_that_is_read_once_does_not_go_back():
+    assert not IteratorStream(iter(activations(300).split(33)), 10).rewinds
+    assert IteratorStream(lambda: iter(activations(300).split(33)), 10).rewinds
+
+
 def test_sample_and_held_out_do_not_move_the_stream(acts):
     for name, make in streams(acts):
         plain, sampled = make(), make()

@@ -1,5 +1,6 @@
 """`sweep_saes` as it is called: what is cancelled, what goes on, and that a killed sweep ends the same."""
 
+import itertools
 import json
 import logging
 import random
@@ -18,9 +19,7 @@ import veridical as vd
 from veridical.config import build, load_recipe
 from veridical.errors import ConfigError, DataError, InputError, StoreMismatchError, UnknownNameError
 from veridical.saes import SAESweep, SweepConfig, checkpoint
-from veridical.saes.stream import as_stream
 from veridical.saes.sweep import _Sweep
-from veridical.saes.trainer import _Training
 
 HERE = Path(__file__).parent
 SMALL = {"width": 32, "batch": 128, "k": 3}
@@ -68,12 +67,19 @@ def test_halving_keeps_the_best_of_sixteen_for_less_than_half(seed):
     assert finished.iloc[0]  # the control
 
 
-def test_with_few_slots_one_of_the_best_is_kept():
-    data, members = planted(0)
-    whole = sorted(vd.train_saes(data, members), key=lambda run: run.figures.fvu if run.figures else 9.0)
-    found = vd.sweep_saes(data, members, slots=4)
-    assert found.share <= 0.6
-    assert found.best().config in [run.config for run in whole[:2]]
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_slots_decide_as_many_do(seed):
+    data, members = planted(seed)
+    together, found = vd.sweep_saes(data, members), vd.sweep_saes(data, members, slots=4)
+    assert found.share == together.share <= 0.45
+    assert [(one.name, one.rung, one.rank, one.kept) for one in found.judgements] == [
+        (one.name, one.rung, one.rank, one.kept) for one in together.judgements
+    ]
+    assert found.best().config == together.best().config
+    for one, other in zip(found.runs, together.runs):
+        assert (one.tokens, one.cancelled is None) == (other.tokens, other.cancelled is None)
+        if one.sae is not None and other.sae is not None:
+            torch.testing.assert_close(one.sae.W_dec, other.sae.W_dec, rtol=1e-3, atol=1e-4)
 
 
 def test_a_survivor_equals_one_trained_alone(vectors):
@@ -86,33 +92,46 @@ def test_a_survivor_equals_one_trained_alone(vectors):
     torch.testing.assert_close(best.W_enc, alone[0].W_enc, rtol=1e-4, atol=1e-5)
 
 
-def test_a_slot_is_taken_at_once_and_a_late_member_trains_as_if_alone_from_there(vectors, monkeypatch):
-    begun, training = {}, []
-    plain = _Sweep._settle
+def test_slots_are_taken_at_once_by_the_next_on_the_list(vectors, monkeypatch):
+    """Also where one is cancelled before the rung; and each sees the vectors that it would see alone."""
+    plain, training = _Sweep._settle, []
 
     def watched(self):
-        plain(self)
-        now = self._training_now()
-        waiting = [m.name for m in self.members if m.name not in now and m.name not in self.runs]
-        assert len(now) == 2 or not waiting
-        training.append(len(now))
-        for name in now:
-            begun.setdefault(name, self.steps)
+        moved = plain(self)
+        training.append(list(self._training_now()))
+        assert len(training[-1]) == 2 or not self.ahead or "wild" in self.runs
+        return moved
 
     monkeypatch.setattr(_Sweep, "_settle", watched)
-    configs = [vd.SAEConfig(**SMALL, lr=rate, tokens=128 * 40) for rate in (1e-6, 1e-5, 1e-4, 1e-2)]
+    rates = {"slow": 1e-6, "fair": 1e-4, "wild": 1e30, "wilder": 1e30, "good": 1e-2}
+    configs = [vd.SAEConfig(**SMALL, lr=rate, tokens=128 * 40, name=name) for name, rate in rates.items()]
     found = vd.sweep_saes(vectors, configs, slots=2)
-    assert max(training) == 2
-    late = found.runs.runs[3]
-    assert begun[late.name] > 3
+    assert max(map(len, training)) == 2
+    waves = [training[0], *(now for before, now in itertools.pairwise(training) if now != before)]
+    assert waves[:3] == [["slow", "fair"], ["wild", "wilder"], ["good"]]
+    late = found.runs.runs[4]
     assert late.cancelled is None
     assert late.tokens == 128 * 40
-    stream = as_stream(vectors, holdout=0.02, seed=0)
-    for _, _batch in zip(range(begun[late.name]), stream.batches(128)):
-        pass
-    alone = _Training(stream, [configs[3]], torch.device("cpu"), False).run()
+    alone = vd.train_saes(vectors, configs[4])
     torch.testing.assert_close(late.sae.W_dec, alone[0].W_dec, rtol=1e-4, atol=1e-5)
     assert late.figures.fvu == pytest.approx(alone.runs[0].figures.fvu, rel=1e-4)
+
+
+@pytest.mark.parametrize("source", ["list", "function", "mapping"])
+def test_few_slots_go_back_in_every_stream(vectors, source):
+    pieces = list(vectors.split(500))
+    data = {"list": pieces, "function": lambda: iter(pieces), "mapping": {"x": vectors}}[source]
+    configs = [vd.SAEConfig(**SMALL, lr=rate, tokens=128 * 40) for rate in (1e-6, 1e-2, 1e-5)]
+    together, found = vd.sweep_saes(data, configs), vd.sweep_saes(data, configs, slots=2)
+    assert found.to_frame()["tokens"].tolist() == together.to_frame()["tokens"].tolist()
+    torch.testing.assert_close(found.best().W_dec, together.best().W_dec, rtol=1e-4, atol=1e-5)
+
+
+def test_an_iterator_that_is_read_once_has_no_slots(vectors):
+    configs = [vd.SAEConfig(**SMALL, lr=rate, tokens=1280) for rate in (1e-3, 1e-2)]
+    with pytest.raises(InputError, match=r"1 slots for 2 members: .* can be read once"):
+        vd.sweep_saes(iter(vectors.split(500)), configs, slots=1)
+    assert len(vd.sweep_saes(iter(vectors.split(500)), configs)) == 2
 
 
 def test_members_are_cancelled_with_their_reason(sweep, caplog):
@@ -286,11 +305,12 @@ def test_a_sweep_stopped_at_any_step_returns_what_an_unbroken_one_does(tmp_path,
     plain, steps = _Sweep._settle, []
 
     def stopping(self):
-        plain(self)
+        moved = plain(self)
         steps.append(1)
         if len(steps) == after:
             self._checkpoint()
             raise KeyboardInterrupt
+        return moved
 
     monkeypatch.setattr(_Sweep, "_settle", stopping)
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ member computes does not depend on who is beside it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +196,28 @@ class Group:
                     state[name] = {moment: tensors[f"{moment}.{name}"][number] for moment in MOMENTS}
             states.append(state)
         self._assemble(self.members, self.stack, states)
+
+    def own_tensors(self, number: int) -> dict[str, Tensor]:
+        """Copies of what decides one member's next step, in main memory: `tensors` without what all share."""
+        return {name: each[number].detach().cpu().clone() for name, each in self._each_member().items()}
+
+    def load_own_tensors(self, found: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Takes up what `own_tensors` gave, by number of the member; the others stay as they are."""
+        tensors = self.tensors()
+        for number, own in found.items():
+            for name, value in own.items():
+                tensors[name][number] = value.to(self.device)
+        self.load_tensors(tensors)
+
+    def _each_member(self) -> dict[str, Tensor]:
+        """Tensors with a leading member axis."""
+        own = {f"weights.{name}" for name, _ in self.stack.named_parameters()}
+        own |= {f"weights.{name}" for name in self.stack.member_buffers}
+        return {
+            name: value
+            for name, value in self.tensors().items()
+            if name in own or not name.startswith("weights.")
+        }
 
     def _number(self, name: str) -> int:
         return [member.name for member in self.members].index(name)

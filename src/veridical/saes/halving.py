@@ -2,10 +2,10 @@
 
 Members are judged where they can be compared: against peers of one architecture, width, sites, length and k
 (or penalty), at the same number of tokens seen, on held-out vectors. At a rung the best 1/eta of all
-peers that have come that far go on (the stopping form of ASHA, Li et al. 2020, arXiv 1810.05934). Those that
-arrive together are judged together; one that arrives later is judged against all before it, the cancelled
-ones too, and one that went on goes when later ones overtake it at the rung where it was last judged. The
-best of the peers at a rung is never cancelled there, in whatever order they arrive.
+peers that have come that far go on. Those that arrive together are judged together: on one machine all peers
+do (successive halving, Jamieson and Talwalkar 2016, arXiv 1502.07943). On a cluster one that arrives later is
+judged against all before it, the cancelled ones too (the stopping form of ASHA, Li et al. 2020, arXiv
+1810.05934). The best of the peers at a rung is never cancelled there, in whatever order they arrive.
 
 With a fixed k, L0 is matched by construction and explained variance ranks. Under a penalty L0 comes out as
 it will, so a member is measured by how much less it explains than the best peer of no more than its L0 (and
@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from veridical.errors import ConfigError, unknown
@@ -77,7 +77,6 @@ class Judgement:
         of: How many those were.
         kept: Whether it went on.
         spared: Whether it went on only because it is the control.
-        overtaken: Whether this is a second look at the rung, after others came to it.
         reason: Why, in a sentence.
     """
 
@@ -93,7 +92,6 @@ class Judgement:
     of: int
     kept: bool
     spared: bool
-    overtaken: bool
     reason: str
 
 
@@ -184,8 +182,8 @@ class Halving:
         return judged < len(rungs) and seen >= rungs[judged]
 
     def of(self, name: str) -> list[Judgement]:
-        """A member's judgements in order of rungs, second looks left out."""
-        return [one for one in self.judgements if one.name == name and not one.overtaken]
+        """A member's judgements in order of rungs."""
+        return [one for one in self.judgements if one.name == name]
 
     def judge(self, arrivals: Sequence[Arrival]) -> list[Judgement]:
         """Decides about members that are due, together where they are peers at one rung."""
@@ -207,23 +205,6 @@ class Halving:
         """Takes up what `state` gave."""
         self.judgements = [Judgement(**one) for one in state]
 
-    def overtaken(self, training: Sequence[str]) -> list[Judgement]:
-        """Those of the members in training that would not go on any more from the rung where they were last
-        judged, now that others have come to it."""
-        made = []
-        for name in training:
-            seen = self.of(name)
-            if name == self.control or not seen:
-                continue
-            last = seen[-1]
-            rank, of, behind, wrong = self._places(self._field(last.peers, last.rung))[name]
-            if wrong is not None:
-                reason = f"overtaken: {wrong}"
-                changed = {"rank": rank, "of": of, "behind": behind, "kept": False, "reason": reason}
-                made.append(replace(last, overtaken=True, spared=False, **changed))
-        self.judgements += made
-        return made
-
     def _at_rung(self, peers: str, rung: int, arrivals: list[Arrival]) -> list[Judgement]:
         field: list[Arrival | Judgement] = list(self._field(peers, rung))
         field += [one for one in arrivals if not self._beside(one.name, rung)]
@@ -242,7 +223,6 @@ class Halving:
                     of=of,
                     kept=wrong is None or spared,
                     spared=spared,
-                    overtaken=False,
                     reason=f"control, which is never cancelled; {reason}" if spared else reason,
                 )
             )
@@ -250,8 +230,7 @@ class Halving:
 
     def _field(self, peers: str, rung: int) -> list[Judgement]:
         """Who competes at a rung, of those that were judged there."""
-        place = (peers, rung, False)
-        found = [one for one in self.judgements if (one.peers, one.rung, one.overtaken) == place]
+        found = [one for one in self.judgements if (one.peers, one.rung) == (peers, rung)]
         return [one for one in found if not self._beside(one.name, rung)]
 
     def _beside(self, name: str, rung: int) -> bool:

@@ -17,21 +17,7 @@ steps, 1,500 at a rate of 2e-3. The paper starts at 0.001 for inputs of norm 1, 
 standard deviation of the first pre-activations, and trains millions of steps. From there a short run does not
 reach what the penalty asks for, whatever its coefficient; so thresholds start at one standard deviation.
 
-Measured on tiny-liar (resid_post.1, F 512, 400,000 tokens in batches of 512, lr 2e-3; TopK's FVU at the same
-L0 is interpolated on logarithms between k of 4 to 128):
-
-    coefficient  start   L0    FVU    TopK
-           1     0.05  70.7  0.0110  0.0085
-           4     0.05  70.5  0.0110  0.0085
-           1     0.5    6.8  0.0570  0.0578
-         0.3     0.5   10.8  0.0404  0.0412
-         0.1     0.5   18.4  0.0269  0.0280
-        0.03     0.5   24.2  0.0213  0.0225
-
-With coefficient 1, a penalty that rises over half of the run in place of a twentieth gives L0 7.1 and FVU
-0.055, a window ten times as wide 5.8 and 0.064. On planted features (256 in 64 dimensions, p 0.02, 800,000
-vectors, lr 1e-3) JumpReLU stays behind TopK: at the default L0 5.6 and FVU 0.145, TopK 0.126; from a start of
-0.05 its L0 is 57. To choose a coefficient, train three a factor of 3 apart, which costs one pass.
+To choose a coefficient, train three a factor of 3 apart, which costs one pass.
 """
 
 from __future__ import annotations

@@ -117,23 +117,24 @@ class _Trial(_Training):
             self._settle()  # a rung that was reached, but perhaps not answered
         self.run()
 
-    def _settle(self) -> None:
+    def _settle(self) -> bool:
         while self.groups and self.rung < len(self.rungs):
             group, member = self.groups[0], self.members[0]
             if member.seen < self.rungs[self.rung]:
-                return
+                return False
             figures = self._measure(group.stack.member(0).folded())
             if not math.isfinite(figures.fvu):
                 reason = f"its held-out error became {figures.fvu} after {member.seen:,} tokens"
                 self._finish(group, [(member, reason)])
                 self.groups = []
-                return
+                return False
             one = arrival(member, figures)
             if self.tracking is not None:
                 self.tracking.log(member.name, member.seen, held_out(one))
             self._checkpoint()  # the answer may be to stop, and a lost worker comes back to this rung
             _report({"rung": self.rung, "arrival": vars(one)})
             self.rung += 1
+        return False
 
     def _own_state(self) -> dict[str, Any]:
         return {"rung": self.rung}

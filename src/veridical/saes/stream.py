@@ -33,7 +33,10 @@ class Stream(ABC):
         widths: Width of the vectors by site.
         vectors: Training vectors in one pass; None where that is not known.
         held_out: Held-out vectors by site, aligned; empty when nothing is held out.
+        rewinds: Whether `restore` can go back.
     """
+
+    rewinds: bool = True
 
     widths: dict[str, int]
     vectors: int | None
@@ -214,10 +217,10 @@ class StoreStream(Stream):
         return self._first(self._train, size)
 
     def state(self) -> dict[str, Any]:
-        return {} if self._reader is None else self._reader.state_dict()
+        return (self._state or {}) if self._reader is None else self._reader.state_dict()
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._state = state or None
+        self._state, self._reader = state or None, None
 
     @property
     def identity(self) -> str:
@@ -251,6 +254,7 @@ class IteratorStream(Stream):
     def __init__(self, source: Any, held: int) -> None:
         self._source: Callable[[], Any] = source if callable(source) else lambda: source
         self._once = not callable(source) and iter(source) is source
+        self.rewinds = not self._once
         self._held, self._taken, self._skip = held, 0, 0
         self.vectors = None
         self._begin()
@@ -284,6 +288,8 @@ class IteratorStream(Stream):
         return {"taken": self._taken}
 
     def restore(self, state: dict[str, Any]) -> None:
+        if self._taken:
+            self._begin()
         self._skip = self._taken = int(state["taken"])
 
     @property

@@ -1,9 +1,11 @@
 """Many configs over one stream, bad ones cancelled early, their slots taken by the next on the list.
 
-The trainer is that of `train_saes`: members in slots are stepped together, a member that starts later joins
-the stream where it stands and sees as many tokens as any other. Between two steps, those that have come to a
-rung are measured on held-out vectors and judged by `halving`. What was decided is part of the checkpoint, so
-a sweep that is killed decides the same again and ends in the same weights.
+The trainer is that of `train_saes`. All members go from one rung to the next before anybody goes further: as
+many as there are slots are stepped together, set aside at the rung, and the next take their place at once,
+over the same vectors, for which the stream is moved back. So every member sees what it would have seen alone,
+all are judged together by `halving`, and how many slots there are decides nothing. Those set aside wait in
+main memory. What was decided is part of the checkpoint, so a sweep that is killed decides the same again and
+ends in the same weights.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,16 @@ import torch
 from torch import Tensor
 
 from veridical.config import to_dict
-from veridical.errors import ConfigError
+from veridical.errors import ConfigError, InputError
 from veridical.saes.checkpoint import Folder
 from veridical.saes.config import SAEConfig
-from veridical.saes.group import Group, Member, shape_key
+from veridical.saes.group import Group, Member
 from veridical.saes.halving import Arrival, Entrant, Halving, Judgement, peers_of
-from veridical.saes.kinds import kind
 from veridical.saes.measure import Figures
 from veridical.saes.stream import Stream, as_stream
 from veridical.saes.sweep_config import SweepConfig, as_sweep
 from veridical.saes.swept import SAESweep
-from veridical.saes.trainer import _Training
+from veridical.saes.trainer import _Training, member_state
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,19 @@ class _Sweep(_Training):
         super().__init__(stream, configs, device, sweep.progress)
         entrants = [self._entrant(member) for member in self.members]
         self.halving = Halving(entrants, sweep.rules, sweep.control)
+        rungs = {rung for member in self.members for rung in self.halving.rungs(member.name)}
+        ends = rungs | {max(member.tokens for member in self.members)}
+        self.legs = sorted({-(-end // self.size) * self.size for end in ends})
+        self.leg, self.position = 0, 0
+        self.begun = self.ended = stream.state()
+        self.ahead = [member.name for member in self.members[self.slots :]]
+        self.parked: dict[str, dict[str, Tensor]] = {}
+        self.arrivals: list[Arrival] = []
+        if begin and self.ahead and not stream.rewinds:
+            raise InputError(
+                f"{self.slots} slots for {len(configs)} members: those that wait read the vectors later, "
+                "but this iterator of batches can be read once; give a function that returns one, or no slots"
+            )
 
     def swept(self) -> SAESweep:
         """Trains until nobody is left to train or to start."""
@@ -135,56 +149,86 @@ class _Sweep(_Training):
             self.halving.control,
         )
 
-    def _settle(self) -> None:
-        """Judges who has come to a rung, lets go who is cancelled, and fills the slots."""
-        arrivals = []
-        for group in list(self.groups):
-            for member in list(group.members):
-                if self.halving.due(member.name, member.seen):
-                    figures = self._figures(group, member)
-                    if math.isfinite(figures.fvu):
-                        arrivals.append(arrival(member, figures))
-                    else:
-                        reason = f"its held-out error became {figures.fvu} after {member.seen:,} tokens"
-                        self._cancel(group, member, reason)
-        for one in self.halving.judge(arrivals):
-            self._tell(one)
-            if not one.kept:
-                self._cancel(*self._training_now()[one.name], one.reason)
-        if arrivals:
-            for one in self.halving.overtaken(list(self._training_now())):
-                self._cancel(*self._training_now()[one.name], one.reason)
-        self.groups = [group for group in self.groups if group.members]
-        self._fill()
+    def _settle(self) -> bool:
+        """At a rung: the next take the slots; once all have come to it they are judged, and go on."""
+        self.position += self.size
+        end = self.legs[self.leg]
+        if self.groups and self.position < end:
+            return False
+        if self.position >= end:
+            self.ended = self.stream.state()
+        self._arrive()
+        if self.ahead:
+            self._park()
+            self.stream.restore(self.begun)
+            self._begin(self.legs[self.leg - 1] if self.leg else 0)
+            return True
+        self._judge()
+        early = self.position < end  # all in the slots were cancelled before the rung
+        if self.groups or self.parked:
+            self.leg, self.begun = self.leg + 1, self.ended
+            if self.parked:
+                self._park()
+                self.ahead = [member.name for member in self.members if member.name in self.parked]
+                self._begin(end)
+            if early:
+                self.stream.restore(self.begun)
+        return early
 
-    def _figures(self, group: Group, member: Member) -> Figures:
-        return self._measure(group.stack.member(group.members.index(member)).folded())
+    def _arrive(self) -> None:
+        """Measures those in the slots that have come to a rung of theirs."""
+        for name, (group, member) in self._training_now().items():
+            if self.halving.due(name, member.seen):
+                figures = self._measure(group.stack.member(group.members.index(member)).folded())
+                if math.isfinite(figures.fvu):
+                    self.arrivals.append(arrival(member, figures))
+                else:
+                    self._cancel(
+                        name, f"its held-out error became {figures.fvu} after {member.seen:,} tokens"
+                    )
 
-    def _cancel(self, group: Group, member: Member, reason: str) -> None:
-        log.info("%s is cancelled: %s", member.name, reason)
+    def _judge(self) -> None:
+        """Lets go those that are cancelled at this rung."""
+        order = {member.name: number for number, member in enumerate(self.members)}
+        arrivals, self.arrivals = sorted(self.arrivals, key=lambda one: order[one.name]), []
+        while arrivals:  # again where one step led past two rungs
+            for one in self.halving.judge(arrivals):
+                if self.tracking is not None:
+                    self.tracking.log(one.name, one.tokens, held_out(one))
+                if not one.kept:
+                    self._cancel(one.name, one.reason)
+            left = [one for one in arrivals if one.name not in self.runs]
+            arrivals = [one for one in left if self.halving.due(one.name, one.tokens)]
+
+    def _cancel(self, name: str, reason: str) -> None:
+        log.info("%s is cancelled: %s", name, reason)
+        if self.parked.pop(name, None) is not None:
+            self._keep(next(member for member in self.members if member.name == name), None, reason)
+            return
+        group, member = self._training_now()[name]
         self._finish(group, [(member, reason)])
+        self.groups = [group for group in self.groups if group.members]
 
-    def _fill(self) -> None:
-        """Starts the next on the list while a slot is free."""
-        training = self._training_now()
-        waiting = [
-            member for member in self.members if member.name not in self.runs and member.name not in training
-        ]
-        for member in waiting[: self.slots - len(training)]:
-            self._start(member)
-
-    def _start(self, member: Member) -> None:
-        widths = self._widths(member.config)
-        inputs: tuple[Tensor, Tensor] = self._read(member.config, self.sample)
+    def _park(self) -> None:
+        """Sets those in the slots aside."""
         for group in self.groups:
-            if group.key == shape_key(member.config, *widths):
-                sae = kind(member.config.architecture)(member.config, *widths).to(self.device)
-                sae.calibrate(*inputs)
-                group.add(member, sae)
-                return
-        group = Group([member], *widths, self.device)
-        group.stack.calibrate(*inputs)
-        self.groups.append(group)
+            for number, member in enumerate(group.members):
+                self.parked[member.name] = group.own_tensors(number)
+        self.groups = []
+
+    def _begin(self, position: int) -> None:
+        """Puts the next into the slots, new or set aside at this position of the stream."""
+        names, self.ahead = self.ahead[: self.slots], self.ahead[self.slots :]
+        self.position = position
+        self.groups = self._grouped([member for member in self.members if member.name in names])
+        for group in self.groups:
+            group.stack.calibrate(*self._read(group.members[0].config, self.sample))
+            waited = {
+                number: self.parked.pop(member.name)
+                for number, member in enumerate(group.members)
+                if member.name in self.parked
+            }
+            group.load_own_tensors(waited)
 
     def _training_now(self) -> dict[str, tuple[Group, Member]]:
         return {member.name: (group, member) for group in self.groups for member in group.members}
@@ -194,10 +238,6 @@ class _Sweep(_Training):
         peers = peers_of(config, self._sites(config), self._widths(config)[0], member.tokens)
         return Entrant(member.name, config, peers, member.tokens)
 
-    def _tell(self, one: Judgement) -> None:
-        if self.tracking is not None:
-            self.tracking.log(one.name, one.tokens, held_out(one))
-
     # What the trainer asks
 
     def _first(self) -> list[Member]:
@@ -206,12 +246,39 @@ class _Sweep(_Training):
     def _length(self) -> int | None:
         return None
 
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"parked.{number}.{name}": value
+            for number, own in enumerate(self.parked.values())
+            for name, value in own.items()
+        }
+
     def _own_state(self) -> dict[str, Any]:
-        return {"judgements": self.halving.state()}
+        by_name = {member.name: member for member in self.members}
+        return {
+            "judgements": self.halving.state(),
+            "leg": self.leg,
+            "position": self.position,
+            "begun": self.begun,
+            "ended": self.ended,
+            "ahead": self.ahead,
+            "parked": [member_state(by_name[name]) for name in self.parked],
+            "arrivals": [asdict(one) for one in self.arrivals],
+        }
 
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         super()._restore(tensors, state)
         self.halving.restore(state["judgements"])
+        for name in ("leg", "position", "begun", "ended", "ahead"):
+            setattr(self, name, state[name])
+        self.arrivals = [Arrival(**one) for one in state["arrivals"]]
+        by_name, self.parked = {member.name: member for member in self.members}, {}
+        for number, saved in enumerate(state["parked"]):
+            member, own = by_name[saved["name"]], f"parked.{number}."
+            member.seen, member.history = saved["seen"], saved["history"]
+            self.parked[member.name] = {
+                name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)
+            }
 
 
 def arrival(member: Member, figures: Figures) -> Arrival:

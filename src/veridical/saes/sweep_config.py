@@ -44,8 +44,9 @@ class SweepConfig:
     """Members one by one, after those of the grid: fields of SAEConfig by name."""
 
     slots: int | None = None
-    """Members that are trained together; all when not given. When one is cancelled or done, the next on the
-    list takes its place at once."""
+    """Members that are trained together; all when not given. At each rung the next on the list take their
+    places at once, over the same vectors, so the slots decide nothing but memory and time; a store is read
+    again for that, and a running model run again."""
     eta: float = 2.0
     """Of the peers at a rung the best 1/eta go on. 2 is careful; 3 or 4 spend less and lose slow members."""
     rungs: int = 3

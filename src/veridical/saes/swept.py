@@ -80,11 +80,10 @@ class SAESweep:
                 frame.loc[line, "explained_variance"] = found.explained_variance
                 frame.loc[line, "fvu"] = 1 - found.explained_variance
                 frame.loc[line, "l0"], frame.loc[line, "dead"] = found.l0, found.dead
-        place = frame.columns.get_loc("tokens")
-        assert isinstance(place, int)
+        place = list(frame.columns).index("tokens")
         names = [run.name for run in self.runs]
         frame.insert(place + 1, "planned", [self.planned[name] for name in names])
-        judged = [one.name for one in self.judgements if not one.overtaken]
+        judged = [one.name for one in self.judgements]
         frame.insert(place + 2, "rungs", [judged.count(name) for name in names])
         ranks = [f"{last[name].rank} of {last[name].of}" if name in last else None for name in names]
         frame.insert(place + 3, "last_rank", ranks)
@@ -133,7 +132,7 @@ class SAESweep:
         """Figures of the rungs and of the frontier, and both tables, as a section of a report."""
         from veridical.reporting.section import Section
 
-        done = [run for run in self.runs if run.figures is not None]
+        done = [(run.name, run.figures) for run in self.runs if run.figures is not None]
         text = (
             f"{len(self)} sparse autoencoders, of which {len(done)} were trained to the end. At each rung, "
             "members are compared on held-out vectors with peers of like architecture, width and k (or "
@@ -144,14 +143,9 @@ class SAESweep:
         )
         headline = [("tokens spent", f"{self.share:.1%} of training all {len(self)}")]
         if done:
-            best = max(done, key=lambda run: run.figures.explained_variance if run.figures else -1.0)
-            assert best.figures is not None
-            headline.append(
-                (
-                    "most explained",
-                    f"{best.figures.explained_variance:.3f} ({best.name}, L0 {best.figures.l0:.3g})",
-                )
-            )
+            name, best = max(done, key=lambda one: one[1].explained_variance)
+            said = f"{best.explained_variance:.3f} ({name}, L0 {best.l0:.3g})"
+            headline.append(("most explained", said))
         tables = [("Members", self.to_frame())]
         if self.judgements:
             tables.append(("Judgements", self.rungs()))
@@ -197,7 +191,7 @@ class SAESweep:
 
     def _course(self, run: Run) -> list[tuple[int, float]]:
         """Tokens and explained variance of a member, rung by rung and at its end."""
-        judged = [one for one in self.judgements if one.name == run.name and not one.overtaken]
+        judged = [one for one in self.judgements if one.name == run.name]
         points = [(one.tokens, one.explained_variance) for one in judged]
         if run.figures is not None:
             points.append((run.tokens, run.figures.explained_variance))

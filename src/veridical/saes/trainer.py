@@ -156,23 +156,26 @@ class _Training:
     def _train(self, shown: Any) -> None:
         before, began = self.seconds, time.monotonic()
         kept = began
-        for batch in self.stream.batches(self.size):
-            check_finite(batch, f"after {self.steps * self.size:,} training vectors")
-            for group in list(self.groups):
-                self._step(group, batch)
-            self.steps += 1
-            self._settle()
-            shown.update(self.size)
-            self.seconds = before + time.monotonic() - began
-            if not self.groups:
-                break
-            if time.monotonic() - kept >= self.every:
-                self._checkpoint()
-                kept = time.monotonic()
+        while self.groups:
+            for batch in self.stream.batches(self.size):
+                check_finite(batch, f"after {self.steps * self.size:,} training vectors")
+                for group in list(self.groups):
+                    self._step(group, batch)
+                self.steps += 1
+                moved = self._settle()
+                shown.update(self.size)
+                self.seconds = before + time.monotonic() - began
+                if self.groups and time.monotonic() - kept >= self.every:
+                    self._checkpoint()
+                    kept = time.monotonic()
+                if moved or not self.groups:
+                    break
         self._checkpoint()
 
-    def _settle(self) -> None:
-        """What happens between two steps: nothing here; a sweep judges its members and starts others."""
+    def _settle(self) -> bool:
+        """What happens between two steps: nothing here; a sweep judges its members and starts others. Says
+        whether the stream was moved, so that batches come from elsewhere."""
+        return False
 
     def _step(self, group: Group, batch: Batch) -> None:
         x, y = self._read(group.members[0].config, batch)
@@ -215,18 +218,19 @@ class _Training:
             for (member, cancelled), sae in zip(leaving, saes):
                 self._keep(member, sae, cancelled)
 
-    def _keep(self, member: Member, sae: SAE, cancelled: str | None) -> None:
+    def _keep(self, member: Member, sae: SAE | None, cancelled: str | None) -> None:
         if self.folder is not None:
             facts = {"cancelled": cancelled, "seen": member.seen, "history": _plain(member.history)}
-            self.folder.write_member(member.name, {} if cancelled else sae.state_dict(), facts)
+            weights = {} if sae is None or cancelled else sae.state_dict()
+            self.folder.write_member(member.name, weights, facts)
         run = self.runs[member.name] = self._run(member, sae, cancelled)
         if self.tracking is not None:
             last = {} if run.figures is None else asdict(run.figures)
             held_out = {f"held_out/{name}": value for name, value in last.items()}
             self.tracking.finish(member.name, member.seen, held_out, cancelled is not None)
 
-    def _run(self, member: Member, sae: SAE, cancelled: str | None) -> Run:
-        folded = None if cancelled else sae.folded()
+    def _run(self, member: Member, sae: SAE | None, cancelled: str | None) -> Run:
+        folded = None if sae is None or cancelled else sae.folded()
         figures = None if folded is None else self._measure(folded)
         if folded is not None and figures is not None:
             folded.origin = SAEOrigin(
@@ -318,13 +322,13 @@ class _Training:
             f"{number}.{name}": value
             for number, group in enumerate(self.groups)
             for name, value in group.tensors().items()
-        }
+        } | self._own_tensors()
         state = {
             "steps": self.steps,
             "seconds": self.seconds,
             "stream": self.stream.state(),
             "finished": list(self.runs),
-            "groups": [[_member_state(member) for member in group.members] for group in self.groups],
+            "groups": [[member_state(member) for member in group.members] for group in self.groups],
             **self._own_state(),
         }
         try:
@@ -333,6 +337,10 @@ class _Training:
             if not self.groups:
                 raise
             log.warning("no checkpoint after %s steps, training goes on: %s", f"{self.steps:,}", error)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint keeps beside those of the groups: none here."""
+        return {}
 
     def _own_state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside members and stream: nothing here."""
@@ -378,7 +386,8 @@ def _configs(configs: SAEConfig | Sequence[SAEConfig] | None, options: dict[str,
     return [build(SAEConfig, config, **options) for config in given]
 
 
-def _member_state(member: Member) -> dict[str, Any]:
+def member_state(member: Member) -> dict[str, Any]:
+    """What a checkpoint keeps of a member beside its tensors."""
     return {"name": member.name, "seen": member.seen, "history": _plain(member.history)}
 
 
