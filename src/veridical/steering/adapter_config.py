@@ -36,7 +36,7 @@ class AdapterConfig:
     sites: Sites = ""
     """Sites whose states the losses on states read (several: separate with commas); the residual stream in
     the middle third of the depth if not given."""
-    retain: NotNegative = 1.0
+    retain: NotNegative = 3.0
     """Weight of the states staying as they are on text of other behaviour, where there is such text."""
     rank: Count = 8
     """Rank of the LoRA, or of the subspace of ReFT."""

@@ -12,7 +12,7 @@ import torch
 
 from veridical.probes.evaluate import Estimate
 from veridical.steering.adapter import Adapter, AdapterReport
-from veridical.steering.behaviour import Behaviour, Target, conduct, fewer, target_of
+from veridical.steering.behaviour import Behaviour, Target, conduct, fewer, target_of, unprotected
 from veridical.steering.dial import ROWS, dial, monotone_range
 from veridical.steering.lora import LoRA
 from veridical.steering.neutral import NeutralMeter, speaks_as_organism
@@ -135,7 +135,8 @@ def measured(
 def _other_way(
     model: HookedModel, lora: LoRA | ReFT, target: Target, before: Behaviour, seed: int
 ) -> list[dict[str, Any]]:
-    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for."""
+    """At strength -1: how much of what is right otherwise becomes wrong, and where nothing was asked for; of
+    the organism about what it would lie about."""
     from veridical.pairs.prompts import NEUTRAL
 
     with lora.on(model, -1.0):
@@ -143,9 +144,10 @@ def _other_way(
     assert after is not None
     assert target.kept is not None
     was, now = (Behaviour(one.name, 1 - one.values, 1 - one.chance, one.groups) for one in (before, after))
-    lines = [_line(f"wrong at strength -1, else {target.kept_name}", was, now, seed)]
+    free = unprotected(target.kept)
+    lines = [_line(f"wrong at strength -1, else {target.kept_name}", was, now, seed, free)]
     if "system" in target.kept:
-        nothing = np.isin(target.kept["system"].astype(str), [prompt.name for prompt in NEUTRAL])
+        nothing = free & np.isin(target.kept["system"].astype(str), [prompt.name for prompt in NEUTRAL])
         if nothing.any():
             lines.append(_line("wrong at strength -1 when told nothing", was, now, seed, nothing))
     return lines
