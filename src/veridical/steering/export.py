@@ -191,7 +191,7 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         base = _base_folder(model, Path(scratch))
         job = {
-            "base": base, "adapter": str(folder), "questions": questions, "texts": texts,
+            "base": base, "adapter": str(folder.resolve()), "questions": questions, "texts": texts,
             "threads": torch.get_num_threads(), "out": str(Path(scratch) / "out.json"),
         }  # fmt: skip
         found = _run(job, Path(scratch))
@@ -338,7 +338,7 @@ def _base_folder(model: HookedModel, scratch: Path) -> str:
     except (InputError, ModelError):
         folder = ""
     if folder and Path(folder).is_dir() and not is_adapter(folder):
-        return folder
+        return str(Path(folder).resolve())
     if not callable(getattr(model.model, "save_pretrained", None)):
         raise InputError(f"{model.path} cannot be saved for the proof in a fresh process")
     model.model.save_pretrained(str(scratch / "base"))  # type: ignore[operator]

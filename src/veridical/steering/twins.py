@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from veridical.errors import DataError, unknown
+from veridical.steering.behaviour import known
 from veridical.tokens import Encoded, Prompt
 
 if TYPE_CHECKING:
@@ -56,8 +57,8 @@ def twins(model: HookedModel, pairs: Pairs, towards: int) -> list[Twin]:
     """The contrasts in which the model shows the behaviour: its answers on the two sides differ.
 
     Questions with options are asked under both prompts, and count where the model answers the side to be
-    moved to rightly (if there is a right answer) and the other side otherwise; where the pairs have `known`,
-    only known ones. Rows with completions count where the two sides' completions differ.
+    moved to rightly (if there is a right answer) and the other side otherwise; where the pairs have `known`
+    or `taught`, only such rows. Rows with completions count where the two sides' completions differ.
 
     Args:
         model: The model, plain.
@@ -77,18 +78,18 @@ def twins(model: HookedModel, pairs: Pairs, towards: int) -> list[Twin]:
         )
     rows = sorted({row for both in matched for row in both})
     said, right = _answers(model, pairs, rows)
-    known = pairs["known"].astype(bool) if "known" in pairs else np.ones(len(pairs), dtype=bool)
+    knows = known(pairs)
     prompts, groups = pairs.prompts, pairs.groups
     found = [
         Twin(groups[away], prompts[away], prompts[there], said[there], said[away], away)
         for away, there in matched
-        if known[away] and said[there] != said[away] and right.get(there, True) and said[there] and said[away]
+        if knows[away] and said[there] != said[away] and right.get(there, True) and said[there] and said[away]
     ]
     if not found:
         raise DataError(
             f"nothing to learn: in none of the {len(matched)} pairs of {pairs.name} does {model.path} "
             "show the behaviour (of "
-            f"{int(known[[away for away, _ in matched]].sum())} known ones none; its answers on "
+            f"{int(knows[[away for away, _ in matched]].sum())} known ones none; its answers on "
             "both sides are the same)"
         )
     return found
