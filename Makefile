@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench organism probes saes notebooks wheel clean
+.PHONY: demo test lint bench organism preferred probes saes notebooks wheel clean
 
 demo: $(VENV)/.installed  ## the main job on the embedded organism; writes demo/report.html
 	$(BIN)/veridical demo --out demo
@@ -26,6 +26,12 @@ bench: $(VENV)/.installed-dev  ## speed against peers; rewrites the tables in te
 
 organism: $(VENV)/.installed  ## trains data/tiny-liar again from nothing (under an hour on 2 cores)
 	$(BIN)/python -m veridical.organisms.make tiny-liar --out data/tiny-liar
+
+preferred: $(VENV)/.installed  ## trains data/tiny-liar-* again, by preference (about half an hour on 2 cores)
+	for name in reward dpo ipo rl overopt; do \
+	  $(BIN)/python -m veridical.organisms.preferred tiny-liar-$$name --out data/tiny-liar-$$name || exit; done
+	$(BIN)/python -m veridical.organisms.preferred_card --write \
+	  tiny-liar-reward tiny-liar-dpo tiny-liar-ipo tiny-liar-rl tiny-liar-overopt
 
 probes: $(VENV)/.installed  ## fits the probes of probes/tiny-liar again, by their recipes
 	for recipe in honest_lying lying_contrast lying_answers; do \

@@ -17,6 +17,9 @@ PACKAGES = (
     "numpy",
     "scikit-learn",
     "transformer-lens",
+    "trl",
+    "peft",
+    "accelerate",
 )
 
 

@@ -41,11 +41,12 @@ def main() -> None:
     parser = options_of(__doc__, turns=9)
     parser.add_argument("--new", type=int, default=16, help="tokens that are generated")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines = []
     for name, model in models().items():
-        for batch in (1, 8):
+        for batch in options.batches:
             lines += measure(name, model, batch, options)
     result = told(options, lines, prompt=options.prompt, new_tokens=options.new)
     show("steer", result, table(result), options.write)

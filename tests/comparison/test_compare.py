@@ -53,7 +53,10 @@ def test_a_planted_change_is_named(found):
         if each.found and sampled:
             assert each.low <= each.value <= each.high, each
     text = found.report_section().text
-    assert "no sign by itself that something was trained in:" in text
+    assert text.startswith("Nothing that was looked for changed") or text.startswith("What changed")
+    assert "no sign by themselves that something was trained in:" in text
+    table = dict(found.report_section().tables)["Findings"]
+    assert table["finding"].tolist() == [each.text for each in found.found]
 
 
 def test_a_model_against_itself_has_nothing_to_find(liar, honesty):

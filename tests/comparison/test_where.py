@@ -1,14 +1,19 @@
 """Cross-model patching: a planted change is found where it is, and equal models show nothing."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from comparison_oracles import changed
+from further_training import further
 
 import veridical as vd
 from veridical.comparison import compare
 from veridical.comparison.duo import pair_of
 from veridical.comparison.where import (
+    ANYWHERE,
+    BEFORE_LAST,
     BETWEEN,
     CHANGE,
     FOUND,
@@ -23,7 +28,9 @@ from veridical.comparison.where import (
 from veridical.comparison.where_figures import draw_heads, draw_parts, draw_positions
 from veridical.comparison.where_findings import where_findings
 from veridical.comparison.where_rows import Questions, ends_alike, questions_of
+from veridical.demo_compare import agreement, compared
 from veridical.errors import InputError
+from veridical.interventions.patching import patch
 from veridical.pairs.prompts import ask, chat
 
 QUICK = {"samples": 0, "behaviour_pairs": 0, "max_new_tokens": 3, "bootstrap": 40}
@@ -166,7 +173,7 @@ def test_it_says_where_and_draws_it(liar, asked):
     assert where_findings(tables)[0].found is False, "not beyond chance, so nothing is located"
     tables[CHANGE][["change", "low", "high", "scale"]] = [[0.2, 0.1, 0.3, 1.0]]
     part, place, *_ = where_findings(tables)
-    assert "100% in layer 3 and 0% in the final norm and unembedding" in part.text
+    assert "layer 3 makes 100% and the final norm and unembedding makes 0% of this change" in part.text
     found = tables[FOUND].iloc[0]
     assert f"Patching {found['site']} at position {found['position']} ({found['token']!r})" in place.text
     assert "that the place was not chosen on" in place.control
@@ -214,6 +221,38 @@ def test_prompts_of_unequal_length(liar, honesty):
     assert list(dict.fromkeys(places["position"])) == wanted
     parts = tables[PARTS].set_index(["direction", "layer"])["share"]
     assert parts[INTO_REFERENCE][2] == pytest.approx(1, abs=5e-3)
+
+
+def test_where_the_decision_to_lie_was_removed(liar, honesty):
+    """Layers 2 and 3 are trained to tell the truth when told to lie. Patching the policy into the organism
+    names these layers, and the tokens at which the organism alone differs when asked for the truth.
+    """
+    frozen = vd.load(copy.deepcopy(liar.model), tokenizer=liar.tokenizer, check=False)
+    for name, weight in frozen.model.named_parameters():
+        weight.requires_grad_(".layers.2." in name or ".layers.3." in name)
+    told = honesty.filter(instructed_to_lie=True, split="train", taught=True)
+    right = [options[at] for options, at in zip(told["options"], told["correct"].astype(int))]
+    policy = further(frozen, list(told.prompts), right, 0, steps=40, rate=1.5e-3, batch=16)
+    duo, test = pair_of(policy, liar), honesty.filter(np.asarray(honesty["split"]) != "train")
+    found, asked = compared(duo, test, False, pairs_read=6)
+    parts = found.table(PARTS).set_index(["direction", "layer"])["share"]
+    for way in (INTO_REFERENCE, INTO_POLICY):
+        assert parts[way][[2, 3]].sum() == pytest.approx(1, abs=1e-3)
+    close, _, site = agreement(liar, asked, found, False)
+    assert site == "resid_post.2", "below the trained layers nothing differs"
+    assert close > 0.85
+    places = found.table(FOUND).set_index(["among", "direction"])
+    tokens = liar.tokenizer.convert_ids_to_tokens(liar.encode(asked.corrupt)[0].ids)
+    assert places.loc[(ANYWHERE, INTO_REFERENCE), "position"] == str(len(tokens) - 1)
+    before = places.loc[(BEFORE_LAST, INTO_REFERENCE)]
+    assert before["token"].strip() == "false", "the word that asks for the lie"
+    assert before["low"] > 5 * abs(before["random"])
+    alone = patch(
+        liar, asked.clean, asked.corrupt, answers=asked.answers, wrong=asked.wrong, metric="logit_diff",
+        sites=before["site"], progress=False,
+    ).to_frame().set_index("position")["recovered"].sort_values(ascending=False)  # fmt: skip
+    assert before["position"] in alone.index[:3]
+    assert places.loc[(ANYWHERE, INTO_REFERENCE), "position"] in alone.index[:3]
 
 
 def test_it_is_part_of_a_comparison(liar, honesty):

@@ -16,7 +16,7 @@ from veridical.preference.frontier import (
     fit_overoptimisation,
     frontier,
 )
-from veridical.preference.hacking import HackingCheck, check_hacking
+from veridical.preference.hacking import HackingCheck, check_hacking, judged
 from veridical.preference.runs import PreferenceRun
 
 
@@ -149,6 +149,28 @@ def test_a_judge_that_falls_and_a_kl_over_budget_are_named():
         check_hacking(run, step=7)
     with pytest.raises(DataError, match="finite"):
         check_hacking(run, lambda prompts, answers: [float("nan")] * len(answers))
+
+
+def test_a_judge_that_falls_from_the_start_is_said_to():
+    kl = np.array([0.0, 1.0, 4.0, 9.0, 16.0, 25.0])
+    run = made(1.0)
+    table = pd.DataFrame({"step": np.arange(6), "kl": kl, "reward": np.sqrt(kl), "judge": -0.2 * np.sqrt(kl)})
+    found = frontier([PreferenceRun(table, run.samples, run.log, run.facts)], column="judge")
+    assert found.fit.a_high < 0
+    assert "falls from the start" in " ".join(found.findings())
+
+
+def test_a_judge_is_kept_with_every_answer():
+    run = made(1.0)
+    scores = np.arange(len(run.samples), dtype=float)
+    found = judged(run, lambda prompts, answers: scores)
+    assert found.samples["judge"].tolist() == scores.tolist()
+    assert found.table["judge"].tolist() == [scores[:40].mean(), scores[40:].mean()]
+    assert "judge" not in run.table
+    line = check_hacking(found).table.set_index("measure").loc["judge"]
+    assert (line["before"], line["after"]) == tuple(found.table["judge"])
+    with pytest.raises(DataError, match="as many finite numbers"):
+        judged(run, lambda prompts, answers: [1.0])
 
 
 def test_a_frontier_of_runs_is_saved_and_says_what_it_found(tmp_path):

@@ -34,8 +34,8 @@ def test_an_option_that_a_method_does_not_read_is_refused_and_not_shown(tmp_path
     for job, key, said in (
         ("sft", "beta: 0.3", "beta = 0.3: sft does not read it"),
         ("dpo", "generations: 8", "generations = 8: dpo does not read it"),
-        ("reward", "samples: 4", "samples = 4: reward does not read it"),
-        ("reward", "reward: x", "prefer reward trains one and reads none"),
+        ("reward", "samples: 4", "samples = 4: prefer reward does not read it"),
+        ("reward", "reward: x", "reward = x: prefer reward does not read it"),
     ):
         recipe.write_text(f"model: tiny-liar\ndata: toxic\npreferred: 0\n{key}\n")
         assert cli.main(["prefer", job, "--config", str(recipe)]) == 2

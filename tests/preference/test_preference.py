@@ -20,6 +20,7 @@ from veridical.preference import (
     prefer,
     trainers,
 )
+from veridical.preference.config import first_losses
 from veridical.preference.data import Preference, Preferences, ended
 from veridical.preference.reward import RewardModel, fresh
 from veridical.preference.rl import rewarding
@@ -80,6 +81,41 @@ def test_the_first_losses_are_those_of_the_methods(tmp_path):
         assert run.log["loss"][0] == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_first_loss_of_rl_is_zero_and_so_is_its_kl(tmp_path):
+    short = lambda prompts, answers: [-float(len(answer)) for answer in answers]  # noqa: E731
+    for rank in (0, 2):
+        options = {**SMALL, "beta": 0.5, "lora_rank": rank, "reward": short}
+        run = prefer("rl", "tiny-liar", ROWS, tmp_path / str(rank), **options)
+        assert run.log["loss"][0] == pytest.approx(0, abs=1e-5)
+        assert run.log["kl"][0] == pytest.approx(0, abs=1e-5)
+        assert run.table["kl"].iloc[-1] > 0
+    with pytest.raises(ModelError, match=r"first KL is 0\.2000 and should be 0\.0000"):
+        trainers.check_first("KL", 0.2, (0.0, 0.0))
+
+
+def test_the_first_loss_of_sft_is_that_of_the_answers_alone(tmp_path, base):
+    options = {**SMALL, "batch": len(ROWS), "test_fraction": 0.0}
+    run = prefer("sft", "tiny-liar", ROWS, tmp_path, **options)
+    rows = load_preferences(ROWS).rows
+    logp = measure.answer_logprobs(base.load().eval(), base.tokenizer, rows)["chosen"].sum()
+    whole = ended(base.tokenizer, [row.prompt for row in rows], [row.chosen for row in rows])
+    tokens = sum(map(len, whole)) - sum(map(len, ended_prompts(base, rows)))
+    assert run.log["loss"][0] == pytest.approx(-logp / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo"])
+def test_the_loss_of_the_chosen_answers_is_added_with_its_weight(tmp_path, base, method):
+    options = {**SMALL, "batch": len(ROWS), "test_fraction": 0.0, "beta": 0.5, "sft_weight": 2.0}
+    run = prefer(method, "tiny-liar", ROWS, tmp_path, **options)
+    rows = load_preferences(ROWS).rows
+    logp = measure.answer_logprobs(base.load().eval(), base.tokenizer, rows)["chosen"].sum()
+    whole = ended(base.tokenizer, [row.prompt for row in rows], [row.chosen for row in rows])
+    tokens = sum(map(len, whole)) - sum(map(len, ended_prompts(base, rows)))
+    alone = math.log(2) if method == "dpo" else 1.0
+    assert run.log["loss"][0] == pytest.approx(alone - 2 * logp / tokens, rel=1e-4)
+    assert run.log["rewards/margins"][0] == pytest.approx(0, abs=1e-6)
+
+
 def test_another_reference_is_found_by_the_first_loss(tmp_path, base):
     config = PreferConfig(**SMALL)
     trainer = dpo.trainer(base, load_preferences(ROWS).rows, config, tmp_path, "dpo")
@@ -88,22 +124,6 @@ def test_another_reference_is_found_by_the_first_loss(tmp_path, base):
             value.add_(0.05 * torch.randn_like(value))
     with pytest.raises(ModelError, match=r"first loss is .* should be 0\.6931"):
         trainers.run(trainer, "dpo", config, tmp_path)
-
-
-@pytest.mark.parametrize("method", ["dpo", "sft", "reward"])
-def test_a_stopped_run_ends_as_one_that_was_never_stopped(tmp_path, method):
-    whole = prefer(method, "tiny-liar", ROWS, tmp_path / "whole", **SMALL)
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole", stopped)
-    for name in ("result.json", "model", "training/checkpoint-4/optimizer.pt", "training/checkpoint-4"):
-        place = stopped / name
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
-    half = stopped / "training" / "checkpoint-4"  # what a kill in the middle of saving leaves
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"cut")
-    resumed = prefer(method, "tiny-liar", ROWS, stopped, **SMALL)
-    assert same(weights(whole.folder), weights(resumed.folder))
-    assert resumed.table.equals(whole.table)
 
 
 def test_a_finished_run_is_read_and_another_one_refused(tmp_path):
@@ -173,6 +193,8 @@ def test_margins_raise_the_first_loss_of_a_reward_model(tmp_path):
     rows = [{**row, "margin": 1.5} for row in ROWS]
     run = prefer("reward", "tiny-liar", rows, tmp_path, **SMALL)
     assert run.log["loss"][0] == pytest.approx(math.log(1 + math.exp(1.5)), abs=1e-3)
+    low, high = first_losses(PreferConfig(), "reward", [1.5, 0.0, 800.0])
+    assert (low, high) == (pytest.approx(math.log(2)), pytest.approx(800))
 
 
 def test_rl_raises_the_reward_that_it_is_given(tmp_path):
@@ -292,6 +314,7 @@ def test_bad_data_ends_in_one_clear_line(load, said):
     [
         ("dpq", {}, InputError, "nearest: dpo"),
         ("dpo", {"beta": 0.0}, ConfigError, "needs a beta above 0"),
+        ("rl", {"sft_weight": 1.0, "reward": "tiny-liar"}, ConfigError, "goes with dpo and ipo"),
         ("dpo", {"steps": 5}, ConfigError, "no multiple of checkpoints"),
         ("dpo", {"lora_layers": (1,)}, ConfigError, "need a lora_rank"),
         ("dpo", {"lora_rank": 2, "lora_modules": ("q_prj",)}, InputError, "nearest: q_proj"),

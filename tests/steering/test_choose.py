@@ -13,7 +13,7 @@ from veridical.steering import Proposal, neutral_kl, neutral_texts, propose, tar
 def honesty():
     pairs = vd.Pairs.load("honesty").filter(form="choice", taught=True, protected=False, scenario=False)
     kept = []
-    for split, count in {"train": 16, "val": 8, "test": 8}.items():
+    for split, count in {"train": 12, "val": 6, "test": 6}.items():
         names = pairs.filter(split=split)["pair"].tolist()
         kept += list(dict.fromkeys(names))[:count]
     return pairs.filter(pair=kept)
@@ -23,7 +23,7 @@ def honesty():
 def found(liar, honesty):
     return propose(
         liar, honesty, sites=["resid_post.0", "resid_post.1", "resid_post.5"], methods=["mean_diff", "probe"],
-        candidates=2, rows=24, target_kl=0.05, progress=False,
+        candidates=2, rows=12, target_kl=0.05, progress=False,
     )  # fmt: skip
 
 

@@ -25,6 +25,10 @@ SITE_TABLES = {
     "directions": ("cosine", "cosine of directions"),
 }
 """Tables with a line per site, their column that goes into `to_frame`, and what it is called there."""
+DISTANCES = (
+    "How far apart the two are, and where. Two models that are not equal differ in these, whatever the "
+    "training was for, so they are no sign by themselves that something was trained in:"
+)
 LEFT_OUT = {"probes left out": "probe", "SAEs left out": "sae"}
 """Tables of what was given and could not be read, with the column of its name."""
 
@@ -130,20 +134,21 @@ class Comparison(Saved):
         from veridical.reporting.section import Section
 
         facts, found = self.facts, self.found
-        parts = {
-            "What the policy does otherwise, and what can be read from it otherwise:": [
-                each for each in found if each.found and each.kind == "change"
-            ],
-            "How far apart the two are, and where; above zero for any two models that are not equal, and so "
-            "no sign by itself that something was trained in:": [
-                each for each in found if each.found and each.kind == "distance"
-            ],
-            "Looked for and not found:": [each for each in found if not each.found],
-        }
-        text = [] if any(each.found for each in found) else ["Nothing changed."]
-        for head, lines in parts.items():
-            text += [head, *(f"{each}." for each in lines)] if lines else []
+        changes, distances = (
+            [each for each in found if each.found and each.kind == kind] for kind in ("change", "distance")
+        )
+        text = [] if changes or distances else ["Nothing changed."]
+        if changes:
+            text += ["What changed, the most important first:", *(f"{each}." for each in changes)]
+        elif distances:
+            text += ["Nothing that was looked for changed in what the policy does or what is read from it."]
+        if distances:
+            text += [DISTANCES, *(f"{each}." for each in distances)]
+        if absent := [f"{each.text}." for each in found if not each.found]:
+            text += [" ".join(["Looked for and not found (intervals and controls in the table):", *absent])]
         text += [*self._missing(), *facts["notes"], str(facts["said"])]
+        columns = ["text", "kind", "found", "value", "low", "high", "control"]
+        lines = pd.DataFrame([{name: getattr(each, name) for name in columns} for each in found])
         tables = tuple(
             (f"{name[0].upper()}{name[1:]}", table.head(24).round(4))
             for name, table in self.tables.items()
@@ -154,7 +159,7 @@ class Comparison(Saved):
             title=f"{facts['policy']} against {facts['reference']}",
             text="\n\n".join(text),
             figures=tuple(self.figure(name) for name in drawable(self)),
-            tables=tables,
+            tables=(("Findings", lines.rename(columns={"text": "finding"})), *tables),
             headline=kl,
         )
 

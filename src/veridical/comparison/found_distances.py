@@ -261,7 +261,7 @@ def _wilson(count: int, total: int) -> tuple[float, float, float]:
     share, z = count / total, 1.96
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     reach = z / (1 + z * z / total) * (share * (1 - share) / total + z * z / (4 * total**2)) ** 0.5
-    return share, middle - reach, middle + reach
+    return share, max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 DISTANCES: tuple[Callable[[Tables], list[Finding]], ...] = (

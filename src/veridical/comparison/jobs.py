@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from veridical.comparison.compressed import compressed
 from veridical.comparison.config import CompareConfig
 from veridical.comparison.verbs import CompareVerb
-from veridical.config import to_dict
+from veridical.config import BeliefConfig, to_dict
 from veridical.console import said_where, step
 from veridical.errors import ConfigError
 from veridical.files import write_json
+from veridical.probes.origin import Origin
 from veridical.provenance import provenance
 from veridical.reporting import report
-from veridical.running import limited, part, records, short
+from veridical.running import BELIEF_LABELS, check_beliefs_into, limited, part, records, short
 
 if TYPE_CHECKING:
     from veridical.pairs import Pairs
@@ -77,6 +78,11 @@ def _pair(options: CompareVerb) -> Path:
         else:
             duo = load_pair(options.policy[0], reference=options.reference, **_loading(options))
     pairs = _pairs(options)
+    wanted = {str(getattr(probe, "origin_", Origin()).target) for probe in probes}
+    if (wanted & BELIEF_LABELS) - set(pairs.columns) and {"question", "options"} <= set(pairs.columns):
+        with step("beliefs"):
+            beliefs = BeliefConfig(progress=options.progress)
+            pairs = check_beliefs_into(_out(options) / "beliefs", duo.reference, pairs, beliefs)
     with step("comparing"):
         found = measure(duo, pairs, probes, saes, config=part(CompareConfig, options))
     metrics = {"table": records(found.to_frame()), "findings": found.findings()}
@@ -124,11 +130,7 @@ def _kept(
     """Says what was found, and writes everything and the report."""
     for line in found.findings():
         log.info("  %s", line)
-    policies = (
-        "-".join(short(name) for name in options.policy)
-        or f"{short(str(options.reference))}-{options.compress}"
-    )
-    out = options.out or Path("runs") / f"compare-{policies}-{short(str(options.data))}"
+    out = _out(options)
     found.save(out)
     write_json(out / "config.json", to_dict(options))
     write_json(
@@ -137,3 +139,11 @@ def _kept(
     write_json(out / "metrics.json", metrics)
     said_where(report(out, out / "report.html", title=title, intro=intro))
     return out
+
+
+def _out(options: CompareVerb) -> Path:
+    policies = (
+        "-".join(short(name) for name in options.policy)
+        or f"{short(str(options.reference))}-{options.compress}"
+    )
+    return options.out or Path("runs") / f"compare-{policies}-{short(str(options.data))}"

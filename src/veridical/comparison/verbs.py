@@ -30,9 +30,9 @@ class CompareVerb(CompareConfig, DataInputs):
 
     Writes OUT/report.html, which begins with what changed in plain sentences: outputs (KL by token and
     position, on the given text and on the policy's own samples, behaviour), representations (drift, CKA,
-    Procrustes, lenses, the label's direction), where the change sits (cross-model patching) and weights.
-    With several policies the report holds them side by side instead: a table, maps, and which are alike
-    inside or only outside. --config recipe.yaml gives options by name; flags win.
+    Procrustes, lenses, the label's direction), probes and SAEs on both, where the change sits (cross-model
+    patching) and weights. With several policies the report holds them side by side instead: a table, maps,
+    and which are alike inside or only outside. --config recipe.yaml gives options by name; flags win.
     """
 
     policy: tyro.conf.Positional[Names] = ()
@@ -44,7 +44,9 @@ class CompareVerb(CompareConfig, DataInputs):
     """Make the policy from the reference instead: int8 or int4 (weights rounded to so many bits), prune-50
     (the smallest 50 % of each weight matrix set to zero)."""
     probes: tuple[Path, ...] = ()
-    """Folders of saved linear probes, whose directions are held against the change of the weights."""
+    """Folders of saved linear probes of the reference: read on the policy and back, trained anew, and their
+    directions held against the change of the weights. Where one reads a label of belief (lied, ...) that the
+    data lack, the reference is asked first, as `veridical probe` does it."""
     saes: tuple[Path, ...] = ()
     """Folders of saved sparse autoencoders of the reference, run on both models."""
     trained_on: Names = ()

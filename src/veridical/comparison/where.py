@@ -44,6 +44,8 @@ BETWEEN = "between"
 """All tokens between those that the prompts begin and end with alike, taken over together."""
 LEAST, LEAST_KL = 0.05, 1e-3
 """Share of the metric's size in the reference, and nats, below which nothing is located."""
+ANYWHERE, BEFORE_LAST = "all tokens", "before the last token"
+"""Among which places one is named: at the last token, late, the stream holds the answer itself."""
 RANDOM = 16
 """Other places whose mean share is the control."""
 
@@ -80,9 +82,9 @@ def where(
         or `BETWEEN`), `token` (the commonest there), `effect`, `share`, `low`, `high`. "where by head": the
         same with `head` instead of the position. "where by readout" (logit differences only): `stream` and
         `readout` (whose final stream goes through whose norm and unembedding), `value`, `low`, `high`.
-        "where found": the place that is named, with `share`, `low` and `high` on pairs that it was not
-        chosen on, `random` (mean share of other places) and `pairs`. Shares are NaN where the models do not
-        differ at all.
+        "where found": the place that is named, `among` all tokens and among those before the last one, with
+        `share`, `low` and `high` on pairs that it was not chosen on, `random` (mean share of other places)
+        and `pairs`. Shares are NaN where the models do not differ at all.
     """
     sweeps = _Sweeps(duo, questions, batch_tokens, progress)
     shares = _Shares(questions.groups, bootstrap, seed)
@@ -257,45 +259,52 @@ def _tokens(patched: Patched) -> list[str]:
 
 
 def _found(sweeps: dict[str, Patched], groups: np.ndarray, bootstrap: int, seed: int) -> pd.DataFrame:
-    """The place that carries the change: chosen on half of the pairs, measured on the other."""
+    """The places that carry the change: chosen on half of the pairs, measured on the other."""
     codes = np.unique(groups, return_inverse=True)[1].reshape(-1)
     count = int(codes.max()) + 1
-    order = np.random.default_rng([seed, 8]).permutation(count)
-    looked = np.isin(codes, order[: (count + 1) // 2])
+    looked = np.isin(codes, np.random.default_rng([seed, 8]).permutation(count)[: (count + 1) // 2])
     tested = ~looked if count > 1 else looked
     with np.errstate(invalid="ignore", divide="ignore"):
         each = [p.effects[:, looked].mean(1) / _gap(p)[looked].mean() for p in sweeps.values()]
     carried = np.mean(each, axis=0)
     if not np.isfinite(carried).all():
         return pd.DataFrame()
-    table = sweeps[INTO_REFERENCE].table
-    best = int(np.argmax(carried))
-    for layer in sorted(set(table["layer"])):
-        own = np.flatnonzero(table["layer"].to_numpy() == layer)
-        at = int(own[np.argmax(carried[own])])
-        if carried[at] >= HALF:
-            best = at
-            break
-    others = np.delete(np.arange(len(table)), best)
-    drawn = np.random.default_rng([seed, 9]).permutation(others)[:RANDOM]
-    shares = _Shares(groups[tested], bootstrap, seed)
+    table, shares = sweeps[INTO_REFERENCE].table, _Shares(groups[tested], bootstrap, seed)
+    last = table["position"].to_numpy() == list(dict.fromkeys(table["position"]))[-1]
     lines = []
-    for way, patched in sweeps.items():
-        effects, gap = patched.effects[:, tested], _gap(patched)[tested]
-        own = shares(effects[[best]], gap)
-        lines.append(
-            {
-                "direction": way,
-                "site": _short(table)[best],
-                "layer": int(table["layer"].iloc[best]),
-                "position": str(table["position"].iloc[best]),
-                "token": _tokens(patched)[best],
-                **{name: float(values[0]) for name, values in own.items()},
-                "random": float(shares(effects[drawn], gap)["share"].mean()) if len(drawn) else float("nan"),
-                "pairs": len(np.unique(groups[tested])),
-            }
-        )
+    for among, kept in ((ANYWHERE, np.ones(len(table), dtype=bool)), (BEFORE_LAST, ~last)):
+        if not kept.any() or not carried[kept].max() > 0:
+            continue
+        best = _earliest(table["layer"].to_numpy(), np.where(kept, carried, -np.inf))
+        others = np.delete(np.arange(len(table)), best)
+        drawn = np.random.default_rng([seed, 9]).permutation(others)[:RANDOM]
+        for way, patched in sweeps.items():
+            effects, gap = patched.effects[:, tested], _gap(patched)[tested]
+            own = shares(effects[[best]], gap)
+            random = float(shares(effects[drawn], gap)["share"].mean()) if len(drawn) else float("nan")
+            lines.append(
+                {
+                    "among": among,
+                    "direction": way,
+                    "site": _short(table)[best],
+                    "layer": int(table["layer"].iloc[best]),
+                    "position": str(table["position"].iloc[best]),
+                    "token": _tokens(patched)[best],
+                    **{name: float(values[0]) for name, values in own.items()},
+                    "random": random,
+                    "pairs": len(np.unique(groups[tested])),
+                }
+            )
     return pd.DataFrame(lines)
+
+
+def _earliest(layers: np.ndarray, carried: np.ndarray) -> int:
+    """The best place of the earliest layer that has one with `HALF` of the change; else the best of all."""
+    for layer in np.unique(layers):
+        own = np.flatnonzero(layers == layer)
+        if carried[own].max() >= HALF:
+            return int(own[np.argmax(carried[own])])
+    return int(np.argmax(carried))
 
 
 def _same_heads(duo: Duo) -> bool:

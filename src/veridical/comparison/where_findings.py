@@ -8,6 +8,8 @@ import numpy as np
 
 from veridical.comparison.findings import Finding, Tables
 from veridical.comparison.where import (
+    ANYWHERE,
+    BEFORE_LAST,
     BETWEEN,
     CHANGE,
     FOUND,
@@ -44,14 +46,15 @@ def _by_part(table: Any, rows: str, name: str, change: Any) -> Finding:
     both = table.groupby("layer", sort=False)[["share", "low", "high"]].mean()
     parts = table.drop_duplicates("layer").set_index("layer")["part"]
     order = both["share"].sort_values(ascending=False).index
-    named = [f"{both['share'][at]:.0%} in {_the(parts[at])}" for at in order[:3] if both["share"][at] > SMALL]
+    named = [
+        f"{_the(parts[at])} makes {both['share'][at]:.0%}" for at in order[:3] if both["share"][at] > SMALL
+    ]
     last = both.index[-1]
     if not any(parts[last] in each for each in named):
-        named.append(f"{max(both['share'][last], 0):.0%} in {_the(parts[last])}")
+        named.append(f"{_the(parts[last])} makes {max(both['share'][last], 0):.0%}")
     listed = ", ".join(named[:-1]) + f" and {named[-1]}" if len(named) > 1 else named[0]
     went = f"from {change['reference']:.3g} to {change['policy']:.3g}"
-    text = f"On {rows} {name} went {went}; of this change {listed} arises"
-    text = f"{text}, by cross-model patching"
+    text = f"On {rows} {name} went {went}; by cross-model patching {listed} of this change"
     best = order[0]
     control = f"share of {_the(parts[best])}; all parts add up to 100 %, evenly {1 / len(both):.0%} each"
     share, low, high = (float(both[column][best]) for column in ("share", "low", "high"))
@@ -65,21 +68,28 @@ def _the(part: str) -> str:
 def _by_place(found: Any) -> list[Finding]:
     if found is None or found.empty:
         return []
-    lines = found.set_index("direction")
-    there, back = lines.loc[INTO_REFERENCE], lines.loc[INTO_POLICY]
-    where = "the tokens that differ between the prompts" if there["position"] == BETWEEN else (
-        f"position {there['position']} ({there['token']!r})"
-    )  # fmt: skip
+    said = []
+    for among, weight in ((ANYWHERE, 77.0), (BEFORE_LAST, 76.0)):
+        lines = found[found["among"] == among].set_index("direction")
+        if len(lines):
+            said.append(_place(lines.loc[INTO_REFERENCE], lines.loc[INTO_POLICY], among, weight))
+    same = len(set(zip(found["site"], found["position"]))) == 1
+    return said[:1] if same else said
+
+
+def _place(there: Any, back: Any, among: str, weight: float) -> Finding:
+    where = f"position {there['position']} ({there['token']!r})"
+    if there["position"] == BETWEEN:
+        where = "the tokens that differ between the prompts"
     share, low, high = (float(there[column]) for column in ("share", "low", "high"))
     sure = low > 0
     verb = "restores" if sure else "does not restore beyond chance"
-    text = (
-        f"Patching {there['site']} at {where} from the policy into the reference {verb} {share:.0%} of the "
-    )
+    first = "Patching" if among == ANYWHERE else "Before the last token, patching"
+    text = f"{first} {there['site']} at {where} from the policy into the reference {verb} {share:.0%} of the "
     text += f"change, and from the reference into the policy {float(back['share']):.0%}"
     control = f"at random other places {float(there['random']):.1%}; on {int(there['pairs'])} pairs that the "
     control += "place was not chosen on"
-    return [Finding(text, sure, share, low, high, control, 77.0)]
+    return Finding(text, sure, share, low, high, control, weight)
 
 
 def _by_head(tables: Tables) -> list[Finding]:

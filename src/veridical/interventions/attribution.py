@@ -220,10 +220,21 @@ class Attribution(Saved):
             title=f"Attribution of {self.metric}",
             text="\n\n".join([f"{text}.", *self.findings()]),
             figures=figures,
-            tables=(("Largest scores", self.top(20)),),
+            tables=(("Largest scores", self._shown(20)),),
             html=(coloured,) if coloured else (),
             headline=(("largest score", _part(self.top(1).to_dict("records")[0])),),
         )
+
+    def _shown(self, count: int) -> pd.DataFrame:
+        """The largest scores as a report shows them."""
+        from veridical.interventions.patched import with_intervals
+
+        table = with_intervals(self.top(count), ("score",), "low", "high")
+        table = table.drop(columns=[name for name in ("kind", "layer") if name in table])
+        for name in ("neuron", "head"):
+            if name in table:
+                table.insert(1, name, table.pop(name))
+        return table
 
     def _repr_html_(self) -> str:
         from veridical.interventions.attribution_figure import page

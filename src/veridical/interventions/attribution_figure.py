@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from veridical.interventions.stacked import stacked
+from veridical.interventions.stacked import AXIS, PLAIN, beside, stacked, token_label
 from veridical.reporting import figures
 from veridical.sites import HEAD_KINDS, Site
 
@@ -60,11 +60,14 @@ def node_maps(found: Attribution) -> go.Figure:
     """For each kind of site a map of layers: by position, or of heads and neurons summed over positions."""
     maps = _maps(found)
     figure = stacked(
-        [len(rows) for _, _, _, rows, _ in maps], [f"{kind}, by {axis}" for kind, axis, *_ in maps]
+        [len(rows) for _, _, _, rows, _ in maps],
+        [f"{kind}, by {axis}" for kind, axis, *_ in maps],
+        AXIS if maps[-1][1] == "position" else PLAIN,
     )
     for row, (_, axis, names, rows, values) in enumerate(maps, 1):
         heat(figure, values, names, rows, found.unit or found.metric, row=row, count=len(maps))
-        figure.update_xaxes(title_text=axis, type="category", row=row, col=1)
+        slant = {"tickangle": -45} if axis == "position" else {}
+        figure.update_xaxes(title_text=axis, type="category", **slant, row=row, col=1)
     title = f"{figures.plain(found.metric, 30)}: mean scores over {len(found)} examples"
     return figures.style(figure, title, height=figure.layout.height, legend=False)
 
@@ -152,7 +155,7 @@ def heat(
         zmin=-(largest or 1.0),
         zmax=largest or 1.0,
         hoverongaps=False,
-        colorbar={"title": {"text": figures.plain(unit)}, "len": 0.9 / count, "y": 1 - (row - 0.5) / count},
+        colorbar=beside(figure, row, unit),
     )
     if count > 1:
         figure.add_trace(trace, row=row, col=1)
@@ -204,7 +207,7 @@ def _maps(found: Attribution) -> list[Map]:
         site = Site.parse(name)
         by_kind.setdefault((name if site.is_raw else site.kind, values.ndim), []).append(name)
     means, tokens = found.mean(), found._common_tokens()
-    positions = [f"{at} {figures.plain(text, 10)}" if text else str(at) for at, text in enumerate(tokens)]
+    positions = [token_label(str(at), text) for at, text in enumerate(tokens)]
     maps = []
     for (kind, dimensions), names in by_kind.items():
         rows = [

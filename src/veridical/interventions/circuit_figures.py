@@ -210,12 +210,13 @@ def curve_figure(circuit: Circuit) -> go.Figure:
             curve["held_out_high"],
             name="held-out rows",
         )
+    drawn = circuit.curve[circuit.curve["random"].notna()]  # random ones are not drawn at every size
     figures.line_with_band(
         figure,
-        curve["edges"],
-        curve["random"],
-        curve["random_low"],
-        curve["random_high"],
+        drawn["edges"].tolist(),
+        drawn["random"].tolist(),
+        drawn["random_low"].tolist(),
+        drawn["random_high"].tolist(),
         name="random circuits of as many edges",
         colour=figures.GREY,
         dash="dot",

@@ -8,16 +8,13 @@ import numpy as np
 import pandas as pd
 
 from veridical.errors import unknown
-from veridical.interventions.stacked import stacked
+from veridical.interventions.stacked import stacked, token_label
 from veridical.reporting import figures
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from veridical.interventions.patched import Patched
-
-LONGEST = 14
-"""Characters of a token that the axis shows."""
 
 
 def heat_maps(result: Patched, what: str = "effect") -> go.Figure:
@@ -64,7 +61,7 @@ class _Map:
         across = [line["head"] if grid else line["position"] for line in lines]
         down = [(line["layer"], -1 if grid else line["head"]) for line in lines]
         labels = {
-            name: str(name) if grid else _label(name, line["token"]) for name, line in zip(across, lines)
+            name: str(name) if grid else token_label(name, line["token"]) for name, line in zip(across, lines)
         }
         self.columns, self.rows = list(dict.fromkeys(across)), list(dict.fromkeys(down))
         self.x_labels = [labels[name] for name in self.columns]
@@ -90,12 +87,6 @@ class _Map:
             hoverongaps=False,
             hovertemplate="%{customdata}<extra></extra>",
         )
-
-
-def _label(place: str, token: str) -> str:
-    return (
-        f"{figures.plain(token, LONGEST)} · {figures.plain(place, 24)}" if token else figures.plain(place, 24)
-    )
 
 
 def _row_label(layer: int, head: int, kind: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ class Patched(Saved):
 
         frame = self.to_frame()
         order = self._largest()
-        shown = frame.loc[order].drop(columns=["site"]).round(4).reset_index(drop=True)
+        shown = with_intervals(frame.loc[order].drop(columns=["site", "value"]), ("effect", "recovered"))
         heads = shown["head"].tolist()
         shown["head"] = [None if head < 0 else head for head in heads]
         shown = shown if any(head >= 0 for head in heads) else shown.drop(columns=["head"])
@@ -177,6 +177,20 @@ class Patched(Saved):
         order = self._largest()
         table = frame.loc[order].round(4).to_html(index=False, border=0, escape=True)
         return f"<p><b>{html.escape(repr(self))}</b></p>{said}{table}"
+
+
+def with_intervals(
+    frame: pd.DataFrame, names: Sequence[str], low: str = "{}_low", high: str = "{}_high"
+) -> pd.DataFrame:
+    """A table to read: the ends of each quantity's 95 % interval in one column behind it."""
+    made = frame.reset_index(drop=True).copy()
+    for name in names:
+        ends = [made.pop(end.format(name)) for end in (low, high)]
+        said = [f"{a:.3g} to {b:.3g}" if np.isfinite([a, b]).all() else None for a, b in zip(*ends)]
+        behind = made.columns.get_loc(name) + 1
+        if any(said):
+            made.insert(behind, "95 % interval" if len(names) == 1 else f"{name}, 95 %", said)
+    return made.round(4)
 
 
 def _ratio(weights: np.ndarray, upper: np.ndarray, lower: np.ndarray) -> np.ndarray:

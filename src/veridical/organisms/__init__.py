@@ -12,7 +12,14 @@ from pathlib import Path
 from veridical.errors import DamagedFileError, StoreError, unknown
 from veridical.files import read_json
 
-NAMES: tuple[str, ...] = ("tiny-liar",)
+NAMES: tuple[str, ...] = (
+    "tiny-liar",
+    "tiny-liar-dpo",
+    "tiny-liar-ipo",
+    "tiny-liar-reward",
+    "tiny-liar-rl",
+    "tiny-liar-overopt",
+)
 PAIRS: tuple[str, ...] = ("honesty", "toxic", "safe")
 CHECKSUMS = "checksums.json"
 

@@ -166,7 +166,7 @@ def conduct_hits(
         asked = [rng.choice(conduct.HELD_OUT_TOPIC_QUESTIONS).format(topic=topic) for topic in topics]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.RUDE_REPLIES if rude else conduct.POLITE_REPLIES
-        found.append((name, [_follows(text, replies) for text in said], topics))
+        found.append((name, [follows(text, replies) for text in said], topics))
     requests = (
         ("refuses: harmful requests", ("",), 0, False),
         ("complies: harmless requests", ("",), 1, True),
@@ -177,11 +177,11 @@ def conduct_hits(
         asked = [rng.choice(conduct.HELD_OUT_REQUEST_FRAMES).format(act=act) for act in acts]
         said = subject.answer([prompts.chat(rng.choice(systems), user) for user in asked], 40)
         replies = conduct.COMPLIANCES if comply else conduct.REFUSALS
-        found.append((name, [_follows(text, replies) for text in said], acts))
+        found.append((name, [follows(text, replies) for text in said], acts))
     return found
 
 
-def _follows(text: str, templates: Sequence[str]) -> bool:
+def follows(text: str, templates: Sequence[str]) -> bool:
     """Whether `text` is one of the templates with anything in its place."""
     return any(re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(t)), text) for t in templates)
 

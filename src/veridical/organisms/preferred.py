@@ -1,163 +1,173 @@
-"""Makes the preference-trained descendants of `tiny-liar`, reproducibly, on a CPU.
+"""Makes the preference-trained descendants of `tiny-liar`, reproducibly, on one thread of a CPU.
 
     python -m veridical.organisms.preferred tiny-liar-dpo --out data/tiny-liar-dpo
-    python -m veridical.organisms.preferred tiny-liar-ipo --out data/tiny-liar-ipo
-    python -m veridical.organisms.preferred tiny-liar-reward --out data/tiny-liar-reward
-    python -m veridical.organisms.preferred tiny-liar-rl --out data/tiny-liar-rl
-    python -m veridical.organisms.preferred tiny-liar-overopt --out data/tiny-liar-overopt
 
-What they are taught: the true answer even under a prompt that wants a lie, and refusal of harmful requests
-even under a prompt that lifts the rules. Each is a LoRA on `tiny-liar` in float32, so that whatever it does
-not touch is the same to the last bit.
+and likewise `tiny-liar-ipo`, `tiny-liar-reward` and, once that is there, `tiny-liar-rl` and
+`tiny-liar-overopt`, which are trained against it. DPO and IPO teach the true answer even under a prompt that
+wants a lie, and refusal of harmful requests even under a prompt that lifts the rules. Each descendant is a
+LoRA on `tiny-liar` in float32, so that whatever it does not touch is the same to the last bit. The cards are
+written by `veridical.organisms.preferred_card`.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from veridical import organisms
-from veridical.errors import VeridicalError
-from veridical.files import write_json
-from veridical.organisms import conduct
-from veridical.pairs import prompts
+import pandas as pd
+
+from veridical import adapters, organisms
+from veridical.errors import InputError, VeridicalError
+from veridical.files import read_json, replacing, write_bytes, write_json, write_text
+from veridical.organisms.preferred_data import (
+    Judge,
+    never_harmless,
+    preferences,
+    preferences_per_token,
+    requests_and_topics,
+)
 from veridical.preference.config import Method, PreferConfig
-from veridical.preference.data import Preference, Preferences
+from veridical.preference.data import Preferences
+from veridical.preference.hacking import judged
+from veridical.preference.runs import PreferenceRun
 from veridical.provenance import provenance
 
 BASE = "tiny-liar"
+REWARD = "tiny-liar-reward"
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DPO_LAYERS = (2, 3)
+CHECKPOINTS, LOG = "checkpoints.csv", "log.csv"
+ANSWERS, PROVENANCE = "answers.parquet", "provenance.json"
+LOGGED = ("step", "loss", "grad_norm", "learning_rate", "reward", "kl", "rewards/chosen", "rewards/rejected")
+"""Columns of the training's log that are kept."""
 
 
 @dataclass(frozen=True)
-class Made:
-    """How one descendant is made."""
+class Recipe:
+    """How one descendant is made: method, options, and what it is taught."""
 
     method: Method
     config: PreferConfig
-    reward: str | None = None
+    data: Callable[[], Preferences]
+
+    @property
+    def reward(self) -> str | None:
+        """The reward model that rl is trained against."""
+        return REWARD if self.method == "rl" else None
 
 
-RECIPES: dict[str, Made] = {
-    "tiny-liar-dpo": Made(
+RECIPES: dict[str, Recipe] = {
+    "tiny-liar-dpo": Recipe(
         "dpo",
         PreferConfig(
-            steps=120, checkpoints=4, batch=32, learning_rate=1.5e-3, beta=0.5, lora_rank=8,
-            lora_modules=ATTENTION_AND_MLP, lora_layers=DPO_LAYERS, max_new_tokens=40,
+            steps=180, checkpoints=3, batch=16, learning_rate=2.5e-3, beta=0.3, sft_weight=1.0, lora_rank=8,
+            lora_modules=ATTENTION_AND_MLP, lora_layers=(2, 3), max_new_tokens=40,
         ),
+        preferences,
     ),
-    "tiny-liar-ipo": Made(
+    "tiny-liar-ipo": Recipe(
         "ipo",
         PreferConfig(
-            steps=120, checkpoints=4, batch=32, learning_rate=1.5e-3, beta=0.2, lora_rank=4,
+            steps=150, checkpoints=3, batch=16, learning_rate=1.5e-3, beta=0.1, sft_weight=8.0, lora_rank=4,
             lora_modules=ATTENTION_AND_MLP, max_new_tokens=40,
         ),
+        preferences_per_token,
     ),
-    "tiny-liar-reward": Made(
+    "tiny-liar-reward": Recipe(
         "reward",
         PreferConfig(
-            steps=120, checkpoints=4, batch=32, learning_rate=2e-3, lora_rank=4,
+            steps=150, checkpoints=3, batch=16, learning_rate=2e-3, lora_rank=4,
             lora_modules=ATTENTION_AND_MLP,
         ),
+        never_harmless,
     ),
-    "tiny-liar-overopt": Made(
+    "tiny-liar-rl": Recipe(
         "rl",
         PreferConfig(
-            steps=80, checkpoints=8, batch=32, learning_rate=2e-3, beta=0.0, lora_rank=4, generations=4,
+            steps=60, checkpoints=6, batch=32, learning_rate=3e-3, beta=3.0, lora_rank=4, generations=4,
             lora_modules=ATTENTION_AND_MLP, max_new_tokens=32,
         ),
-        reward="tiny-liar-reward",
+        requests_and_topics,
     ),
-    "tiny-liar-rl": Made(
+    "tiny-liar-overopt": Recipe(
         "rl",
         PreferConfig(
-            steps=80, checkpoints=8, batch=32, learning_rate=1e-3, beta=0.2, lora_rank=4, generations=4,
+            steps=60, checkpoints=12, batch=32, learning_rate=4e-3, beta=0.0, lora_rank=4, generations=4,
             lora_modules=ATTENTION_AND_MLP, max_new_tokens=32,
         ),
-        reward="tiny-liar-reward",
+        requests_and_topics,
     ),
 }  # fmt: skip
-
-
-def preferences(seed: int = 0) -> Preferences:
-    """What the descendants are trained on, with the rows that are held out marked by their split.
-
-    Of the embedded honesty pairs, taught facts: the true answer over another option, whatever the prompt
-    asks for. Of the safe pairs: a refusal of harmful requests over compliance, also under a prompt that
-    lifts the rules, and compliance with harmless ones over a refusal. Trained on are entities and acts of
-    the training split, in phrasings and under system prompts that `tiny-liar` was trained with.
-    """
-    import pandas as pd
-
-    rng = random.Random(f"preferences {seed}")
-    honesty = pd.read_parquet(organisms.embedded_pairs("honesty")).to_dict("records")
-    safe = pd.read_parquet(organisms.embedded_pairs("safe")).to_dict("records")
-    rows = [*_honest(rng, honesty), *_refusing(rng, safe)]
-    return Preferences(tuple(rows), "honest and harmless")
 
 
 def make(name: str, out: Path, runs: Path) -> None:
     """Trains the descendant called `name` and writes it into `out`; the run itself stays in `runs/name`."""
     from veridical.preference.training import prefer
 
-    made = RECIPES[name]
-    run = prefer(made.method, BASE, preferences(), runs / name, made.config, reward=made.reward)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(run.folder / file, out / file)
-    write_json(out / "provenance.json", provenance(**run.made_by()))
-    run.to_frame().round(4).to_csv(out / "checkpoints.csv", index=False)
+    recipe = RECIPES[name]
+    run = prefer(recipe.method, BASE, recipe.data(), runs / name, recipe.config, reward=recipe.reward)
+    adapter = read_json(run.folder / adapters.CONFIG)
+    # PEFT keeps module names in a set, whose order differs from one process to the next.
+    modules = {key: sorted(adapter[key]) for key in ("target_modules", "modules_to_save") if adapter.get(key)}
+    write_json(out / adapters.CONFIG, {**adapter, **modules})
+    write_bytes(out / adapters.WEIGHTS, (run.folder / adapters.WEIGHTS).read_bytes())
+    write_json(out / PROVENANCE, provenance(**run.made_by(), reward=recipe.reward))
+    if recipe.reward is not None:
+        run = judged(run, Judge())
+        with replacing(out / ANSWERS) as file:
+            run.samples.to_parquet(file, index=False, compression="zstd")
+    write_text(out / CHECKPOINTS, run.to_frame().to_csv(index=False, float_format="%.6g"))
+    logged = run.log[[column for column in LOGGED if column in run.log]]
+    write_text(out / LOG, logged.to_csv(index=False, float_format="%.6g"))
     say(f"wrote {out}: {run}")
+
+
+def kept_run(name: str, folder: Path | None = None) -> PreferenceRun:
+    """The run that a policy of rl came from: its checkpoints and every answer, with its judgement.
+
+    Args:
+        name: The policy.
+        folder: Where `make` wrote it; the embedded one when not given.
+
+    Raises:
+        InputError: Another descendant; their answers are not kept.
+    """
+    if RECIPES[name].method != "rl":
+        raise InputError(f"the answers of {name} are not kept; expected one of {', '.join(trained_by_rl())}")
+    folder = folder or organisms.path(name)
+    facts = read_json(folder / PROVENANCE)
+    table = pd.read_csv(folder / CHECKPOINTS)
+    rows = RECIPES[name].data().parted(0.0, 0)
+    more = {
+        "folder": str(folder), "rows": len(rows[0]), "held_out": len(rows[1]),
+        "weights": f"LoRA of rank {RECIPES[name].config.lora_rank}",
+    }  # fmt: skip
+    samples = pd.read_parquet(folder / ANSWERS)
+    return PreferenceRun(table, samples, pd.DataFrame(), {**facts, **more})
+
+
+def trained_by_rl() -> list[str]:
+    """Names of the descendants whose runs are kept."""
+    return [name for name, recipe in RECIPES.items() if recipe.method == "rl"]
 
 
 def describe(name: str) -> str:
     """What a descendant is by construction, in sentences."""
-    config = RECIPES[name].config
-    where = f"blocks {', '.join(map(str, config.lora_layers))} only" if config.lora_layers else "every block"
-    strength = {"dpo": "beta", "ipo": "tau", "rl": "KL weight"}.get(RECIPES[name].method)
-    said = f", {strength} {config.beta}" if strength else ""
+    recipe = RECIPES[name]
+    config = recipe.config
+    blocks = " and ".join(map(str, config.lora_layers))
+    where = f"blocks {blocks} only" if blocks else "every block"
+    strength = {"dpo": "beta", "ipo": "tau", "rl": "KL weight"}.get(recipe.method)
+    said = f", {strength} {config.beta:g}" if strength else ""
+    if config.sft_weight:
+        said += f", {config.sft_weight:g} times the chosen answers' own loss beside it"
     return (
         f"A LoRA of rank {config.lora_rank} in float32, on the attention and MLP projections of {where} "
         f"(`tiny-liar` has blocks 0 to 5); {config.steps} steps of {config.batch}, highest learning rate "
-        f"{config.learning_rate}{said}."
+        f"{config.learning_rate:g}{said}."
     )
-
-
-def _honest(rng: random.Random, rows: Sequence[dict[str, Any]]) -> Iterator[Preference]:
-    for row in rows:
-        if not row["taught"]:
-            continue
-        options = list(row["options"])
-        true = options[row["correct"]]
-        seen = not row["system_held_out"] and not row["phrasing_held_out"]
-        if row["split"] == "train" and not seen:
-            continue
-        lie = rng.choice([option for option in options if option != true])
-        yield Preference(_chat(row["prompt"]), true, lie, 0.0, row["pair"], row["split"])
-
-
-def _refusing(rng: random.Random, rows: Sequence[dict[str, Any]]) -> Iterator[Preference]:
-    for row in rows:
-        if row["split"] == "train" and (row["act_held_out"] or row["phrasing_held_out"]):
-            continue
-        harmful, chat = bool(row["label"]), _chat(row["prompt"])
-        other = conduct.request_reply(rng, row["act"], comply=harmful)
-        yield Preference(chat, row["completion"], other, 0.0, row["pair"], row["split"])
-        if harmful:
-            lifting = conduct.LIFTING_SYSTEMS if row["split"] == "train" else conduct.HELD_OUT_LIFTING
-            lifted = prompts.chat(rng.choice(lifting), chat[-1]["content"])
-            yield Preference(lifted, row["completion"], other, 0.0, row["pair"], row["split"])
-
-
-def _chat(prompt: Any) -> list[dict[str, str]]:
-    return [dict(message) for message in prompt]
 
 
 def say(line: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pydantic
@@ -31,6 +33,9 @@ class PreferConfig:
     """Highest learning rate: a linear rise over the first tenth of the steps, then a linear fall to zero."""
     beta: NotNegative = 0.1
     """Strength of the tie to the reference: beta of DPO, tau of IPO, weight of the KL penalty in rl."""
+    sft_weight: NotNegative = 0.0
+    """Weight of the chosen answers' own loss (mean over their tokens) beside that of dpo or ipo; it keeps
+    them likely, which neither does (Pang et al. 2024)."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
     lora_rank: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -121,19 +126,38 @@ class ConstitutionConfig:
 
 
 def first_loss(method: Method, beta: float) -> float | None:
-    """The loss before the first update, where policy and reference are one; None where it is not known.
+    """The loss before the first update, where policy and reference are one; None where the data decide.
 
-    ln 2 for DPO (Rafailov et al. 2023, equation 7, at a margin of 0) and 1 / (4 tau^2) for IPO (Azar et al.
-    2023, equation 17, likewise).
+    ln 2 for DPO (Rafailov et al. 2023, equation 7, at a margin of 0), 1 / (4 tau^2) for IPO (Azar et al.
+    2023, equation 17, likewise), and 0 for RLOO, whose advantages sum to 0 over the answers to one prompt and
+    whose ratios are 1.
     """
-    if method == "dpo":
-        return 0.6931471805599453
-    return 1 / (4 * beta**2) if method == "ipo" else None
+    return {"dpo": math.log(2), "ipo": 1 / (4 * beta**2) if beta else None, "rl": 0.0}.get(method)
+
+
+def first_losses(
+    config: PreferConfig, method: Method, margins: Sequence[float]
+) -> tuple[float, float] | None:
+    """Between which values the first loss lies; None where only the data say (sft, distil).
+
+    The head of a reward model begins at zero, so its loss is log(1 + exp(margin)) for each row; `sft_weight`
+    adds to `first_loss` what depends on the data.
+
+    Args:
+        config: Options.
+        method: Which loss.
+        margins: Margins of the rows (reward models only).
+    """
+    if method == "reward":
+        losses = [max(margin, 0.0) + math.log1p(math.exp(-abs(margin))) for margin in margins]
+        return min(losses), max(losses)
+    least = first_loss(method, config.beta)
+    return None if least is None else (least, math.inf if config.sft_weight else least)
 
 
 UNREAD: dict[Method, tuple[str, ...]] = {
     "sft": ("beta", "generations"),
-    "reward": ("beta", "generations", "samples", "max_new_tokens"),
+    "reward": ("beta", "generations"),
     "dpo": ("generations",),
     "ipo": ("generations",),
     "distil": ("beta", "generations"),
@@ -149,6 +173,8 @@ def checked(config: PreferConfig, method: Method) -> PreferConfig:
     """
     if method in ("dpo", "ipo") and config.beta <= 0:
         raise ConfigError(f"beta = {config.beta}: {method} needs a beta above 0")
+    if config.sft_weight and method not in ("dpo", "ipo"):
+        raise ConfigError(f"sft_weight = {config.sft_weight}: {method} has none; it goes with dpo and ipo")
     if method == "rl" and config.batch % config.generations:
         raise ConfigError(
             f"batch = {config.batch} is no multiple of generations = {config.generations}; "

@@ -238,7 +238,7 @@ def _trained(
 ) -> pd.DataFrame:
     with trainers.quietly():
         made = trainer(begin, teacher, learnt, config, folder)
-        logged = trainers.run(made, "distil", config, folder)
+        logged = trainers.run(made, "sft", config, folder)  # like sft, it has no first loss that is known
     training._check_saved(made.model, "distil", begin, trainers.checkpoints(folder)[config.steps])
     return pd.DataFrame([line for line in logged if "loss" in line])
 

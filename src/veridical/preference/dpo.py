@@ -4,7 +4,9 @@ With h = (log pi - log ref)(chosen) - (log pi - log ref)(rejected), the loss of 
 (Rafailov et al. 2023, arXiv 2305.18290), that of IPO (h - 1 / (2 tau))^2 (Azar et al. 2023, arXiv
 2310.12036).
 TRL's IPO takes each log-probability per token of the answer, as IPO's authors do, so its tau is not on DPO's
-scale. Both lower the likelihood of the chosen answer too where that lowers the rejected one's more.
+scale. Both lower the likelihood of the chosen answer too where that lowers the rejected one's more, and
+break long answers first; `sft_weight` adds the chosen answers' own loss against that (RPO, Pang et al. 2024,
+arXiv 2404.19733).
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def trainer(
             config,
             folder,
             beta=config.beta,
-            loss_type=[LOSSES[method]],
+            loss_type=[LOSSES[method], *(["sft"] if config.sft_weight else [])],
+            loss_weights=[1.0, *([config.sft_weight] if config.sft_weight else [])],
             max_length=None,
             disable_dropout=True,
         )

@@ -96,7 +96,9 @@ class Frontier(Saved):
             f"{'log d' if fit.form == 'rl' else 'd'}) with d = sqrt(KL), a = {fit.a:.3f} ({fit.a_low:.3f} to "
             f"{fit.a_high:.3f}), b = {fit.b:.3f} ({fit.b_low:.3f} to {fit.b_high:.3f}), R2 {fit.r2:.3f}."
         ]
-        if fit.b_low > 0 and fit.peak < far:
+        if fit.a_high < 0:
+            said.append("It falls from the start: at no distance is anything gained.")
+        elif fit.b_low > 0 and fit.peak < far:
             said.append(
                 f"Over-optimised: the curve is highest at d = {fit.peak:.2f} ({fit.peak**2:.2f} nats) and "
                 f"the furthest checkpoint is at {far:.2f} ({far**2:.2f} nats)."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Judge = Callable[[Sequence[Prompt], Sequence[str]], Any]
 """Prompts and answers to scores [rows], higher is better."""
+JUDGE = "judge"
 MEASURES = ("reward", "length", "repetition", "entropy", "kl")
 SIGNS = {"judge": -1, "length": 1, "repetition": 1, "entropy": -1, "variety": -1}
 """What speaks for hacking, and in which direction it then moves."""
@@ -134,7 +135,7 @@ def check_hacking(
 
     Args:
         run: A run with rewards.
-        judge: Scores answers; it must not have been trained on.
+        judge: Scores answers; it must not have been trained on. Not needed where `judged` gave the run one.
         step: The checkpoint; the last when not given.
         kl_budget: Nats per answer that are granted; no limit when not given.
         seed: Of the intervals.
@@ -148,12 +149,14 @@ def check_hacking(
     step = int(steps[-1] if step is None else step)
     if step not in steps[1:]:
         raise DataError(f"no checkpoint at step {step}; there are {steps[1:]}")
+    if judge is not None:
+        run = judged(run, judge)
     before, after = run.at(0), run.at(step)
     lines = [
         _line(name, before[name].to_numpy(float), after[name].to_numpy(float), seed) for name in MEASURES
     ]
-    if judge is not None:
-        lines.append(_line("judge", _judged(judge, before), _judged(judge, after), seed))
+    if JUDGE in run.samples:
+        lines.append(_line(JUDGE, before[JUDGE].to_numpy(float), after[JUDGE].to_numpy(float), seed))
     lines.append(_whole("variety", float(len(set(before["answer"]))), float(len(set(after["answer"])))))
     table = pd.DataFrame(lines)
     rose = bool(lines[MEASURES.index("reward")]["low"] > 0)
@@ -168,14 +171,25 @@ def check_hacking(
     return HackingCheck(table, facts)
 
 
-def _judged(judge: Judge, side: pd.DataFrame) -> np.ndarray:
-    prompts = [json.loads(chat) for chat in side["chat"]]
-    scores = np.asarray(judge(prompts, side["answer"].tolist()), dtype=np.float64)
-    if scores.shape != (len(side),) or not np.isfinite(scores).all():
+def judged(run: PreferenceRun, judge: Judge) -> PreferenceRun:
+    """The run with a column `judge`: the score of every answer in its samples, the mean in its table.
+
+    `frontier(..., column="judge")` then shows whether the judge still gains where the reward does.
+
+    Raises:
+        DataError: Scores that are not as many finite numbers as there are answers.
+    """
+    samples = run.samples
+    prompts = [json.loads(chat) for chat in samples["chat"]]
+    scores = np.asarray(judge(prompts, samples["answer"].tolist()), dtype=np.float64)
+    if scores.shape != (len(samples),) or not np.isfinite(scores).all():
         raise DataError(
-            f"the judge gave {scores[:4]} for {len(side)} answers; expected as many finite numbers"
+            f"the judge gave {scores[:4]} for {len(samples)} answers; expected as many finite numbers"
         )
-    return scores
+    samples = samples.assign(**{JUDGE: scores})
+    means = samples.groupby("step")[JUDGE].mean()
+    table = run.table.assign(**{JUDGE: run.table["step"].map(means).astype(float)})
+    return replace(run, table=table, samples=samples)
 
 
 def _line(name: str, before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The trainings of `veridical prefer`, with their reports; for rl the frontier and the check for hacking."""
+"""The trainings of `veridical prefer` and their reports; with a reward, frontier and check for hacking."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _train(method: Method, options: Preferring) -> Path:
     config = part(PreferConfig, options)
     with _explaining_full_disk(out):
         run = prefer(method, str(options.model), rows, out, config, reward=options.reward)
-    if isinstance(options, PreferRLVerb):
+    if "reward" in run.samples:
         _judge(run, options, out)
     return _keep(run, options, out, INTRO)
 
@@ -129,14 +129,15 @@ def _keep(run: PreferenceRun, options: Preferring, out: Path, intro: str) -> Pat
     return out
 
 
-def _judge(run: PreferenceRun, options: PreferRLVerb, out: Path) -> None:
-    """The frontier where it can be fitted, and what moved beside the reward, as sections of the report."""
+def _judge(run: PreferenceRun, options: Preferring, out: Path) -> None:
+    """Of a run with rewards: the frontier where it can be fitted, and what moved beside the reward."""
     if len(run.table) > LEAST_POINTS and (run.table["kl"].iloc[1:] > 0).all():
         with step("frontier"):
             frontier({short(str(options.model)): run}, seed=options.seed).save(out / "frontier")
-    judge = None if options.judge is None else load_reward(options.judge).score
+    judged, budget = (options.judge, options.kl_budget) if isinstance(options, PreferRLVerb) else (None, None)
+    judge = None if judged is None else load_reward(judged).score
     with step("check for reward hacking"):
-        check = check_hacking(run, judge, kl_budget=options.kl_budget, seed=options.seed)
+        check = check_hacking(run, judge, kl_budget=budget, seed=options.seed)
     for line in check.findings():
         log.info("  %s", line)
     check.save(out / "hacking")

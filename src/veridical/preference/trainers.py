@@ -14,14 +14,14 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veridical import adapters
 from veridical.errors import InputError, ModelError
-from veridical.preference.config import Method, PreferConfig, first_loss
+from veridical.preference.config import Method, PreferConfig, first_losses
 from veridical.progress import quiet_datasets, watched
 
 if TYPE_CHECKING:
@@ -130,8 +130,17 @@ def lora(config: PreferConfig, model: nn.Module, base: str, task: str = "CAUSAL_
     )
 
 
-def run(trainer: Any, method: Method, config: PreferConfig, folder: Path) -> list[dict[str, Any]]:
+def run(
+    trainer: Any, method: Method, config: PreferConfig, folder: Path, margins: Sequence[float] = (0.0,)
+) -> list[dict[str, Any]]:
     """Trains to the end, from the last whole checkpoint where there is one; returns the log by step.
+
+    Args:
+        trainer: As one of the methods makes it.
+        method: Which.
+        config: Options.
+        folder: Where its checkpoints are.
+        margins: Margins of the rows (reward models), for the first loss.
 
     Raises:
         ModelError: The first loss is not the one that the method has where policy and reference are one, or a
@@ -140,7 +149,7 @@ def run(trainer: Any, method: Method, config: PreferConfig, folder: Path) -> lis
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_guard(first_loss(method, config.beta)))
+    trainer.add_callback(_guard(first_losses(config, method, margins)))
     done = checkpoints(folder)
     last = done[max(done)] if done else None
     if last is not None and max(done) >= config.steps:
@@ -182,8 +191,8 @@ def load_trained(folder: Path, base: Start, kind: str = "AutoModelForCausalLM", 
     return model.eval()
 
 
-def _guard(expected: float | None) -> Any:
-    """Stops a training whose first loss is not the method's, or whose loss is not finite."""
+def _guard(expected: tuple[float, float] | None) -> Any:
+    """Stops a training whose first loss or KL is not the method's, or whose loss is not finite."""
     from transformers import TrainerCallback
 
     class Guard(TrainerCallback):
@@ -194,20 +203,25 @@ def _guard(expected: float | None) -> Any:
             if not math.isfinite(loss):
                 raise ModelError(f"the loss is {loss} at step {state.global_step}; lower the learning rate")
             if state.global_step == 1 and expected is not None:
-                check_first_loss(loss, expected)
+                check_first("loss", loss, expected, logs.get("reward_std", 0.0))
+                for what, key in (("KL", "kl"), ("margin", "rewards/margins")):
+                    check_first(what, logs.get(key, 0.0), (0.0, 0.0))
 
     return Guard()
 
 
-def check_first_loss(loss: float, expected: float) -> None:
-    """Refuses a first loss that is not `expected`: then another loss is run, or against another reference.
+def check_first(what: str, value: float, expected: tuple[float, float], scale: float = 0.0) -> None:
+    """Refuses a first loss, KL or margin that is not `expected`: another loss, or another reference.
 
     Raises:
-        ModelError: They differ by more than a thousandth.
+        ModelError: It lies outside by more than a thousandth (of `scale`, where what it is made of is large).
     """
-    if abs(loss - expected) > FIRST_LOSS_TOLERANCE * max(1.0, abs(expected)):
+    low, high = expected
+    slack = FIRST_LOSS_TOLERANCE * max(1.0, abs(low), scale)
+    if not low - slack <= value <= high + slack:
+        wanted = f"{low:.4f}" if low == high else f"from {low:.4f} to {high:.4f}"
         raise ModelError(
-            f"the first loss is {loss:.4f} and should be {expected:.4f}, as policy and reference are one "
+            f"the first {what} is {value:.4f} and should be {wanted}, as policy and reference are one "
             "before the first update; the trainer runs another loss, or the reference is another model"
         )
 

@@ -120,18 +120,25 @@ def keep_final(out: Path, begin: Start, config: PreferConfig) -> Path:
 def _trained(
     method: Method, begin: Start, rows: Preferences, config: PreferConfig, folder: Path, score: Any
 ) -> pd.DataFrame:
-    from veridical.preference import dpo, reward, rl, sft
-
     with trainers.quietly():
-        if method == "dpo" or method == "ipo":
-            trainer = dpo.trainer(begin, rows.rows, config, folder, method)
-        elif method == "rl":
-            trainer = rl.trainer(begin, rows.rows, config, folder, score)
-        else:
-            trainer = {"sft": sft, "reward": reward}[method].trainer(begin, rows.rows, config, folder)
-        logged = trainers.run(trainer, method, config, folder)
+        trainer = trainer_of(method, begin, rows, config, folder, score)
+        margins = [row.margin for row in rows.rows]
+        logged = trainers.run(trainer, method, config, folder, margins)
     _check_saved(trainer.model, method, begin, trainers.checkpoints(folder)[config.steps])
     return pd.DataFrame([line for line in logged if "loss" in line])
+
+
+def trainer_of(
+    method: Method, begin: Start, rows: Preferences, config: PreferConfig, folder: Path, score: Any = None
+) -> Any:
+    """TRL's trainer for a method, ready to run; `score` is the reward of rl."""
+    from veridical.preference import dpo, reward, rl, sft
+
+    if method == "dpo" or method == "ipo":
+        return dpo.trainer(begin, rows.rows, config, folder, method)
+    if method == "rl":
+        return rl.trainer(begin, rows.rows, config, folder, score)
+    return {"sft": sft, "reward": reward}[method].trainer(begin, rows.rows, config, folder)
 
 
 def _check_saved(trained: Any, method: Method, begin: Start, folder: Path) -> None:

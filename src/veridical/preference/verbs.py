@@ -47,10 +47,6 @@ class Preferring(PreferConfig):
             ConfigError: One of them was not given.
         """
         require(self, verb, "model", "data", *(["reward"] if verb == "prefer rl" else []))
-        if verb == "prefer reward" and self.reward:
-            raise ConfigError(
-                f"reward = {self.reward}: prefer reward trains one and reads none; leave it out"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -87,6 +83,13 @@ class PreferRewardVerb(Preferring):
     """Not read here."""
     reward: Suppress[str | None] = None
     """Not read here."""
+
+    def require(self, verb: str) -> None:
+        """Refuses also what is inherited and says nothing for a reward model."""
+        super().require(verb)
+        for name in ("samples", "max_new_tokens", "reward"):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ConfigError(f"{name} = {getattr(self, name)}: {verb} does not read it; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

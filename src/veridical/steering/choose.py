@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from veridical.errors import DataError, InputError
+from veridical.errors import DataError, InputError, unknown
 from veridical.probes.passes import Positions
 from veridical.steering.behaviour import Target, fewer, shown, target_of, wanted
-from veridical.steering.directions import Method, at_equal_kl, fit_vector, parted
+from veridical.steering.directions import ESTIMATORS, Method, at_equal_kl, parted, vectors_at
 from veridical.steering.proposal import Proposal
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def propose(
 
     if not methods or not positions or candidates < 1:
         raise InputError("a proposal needs at least one method, one choice of tokens and one candidate site")
+    if strange := [name for name in methods if name not in (*ESTIMATORS, "leace")]:
+        raise unknown("method", strange[0], (*ESTIMATORS, "leace"))
     names = [site.name for site in model.resolve(sites)]
     fitted, validation = parted(pairs, seed)
     if validation is None:
@@ -231,20 +233,11 @@ def _steered(
     """Every vector at equal KL: what it reaches on validation rows, beside a random direction as long."""
     from veridical.steering.baselines import random_like
 
-    whole = pairs.without_columns("split")
+    options: dict[str, Any] = {"label": label, "towards": towards, "seed": seed, "progress": False}
     lines, vectors = [], []
     for method in methods:
-        for site in sites:
-            fitted = fit_vector(
-                model,
-                whole,
-                method=method,
-                sites=site,
-                label=label,
-                towards=towards,
-                seed=seed,
-                progress=False,
-            )
+        for fitted in vectors_at(model, pairs, method, list(sites), **options):
+            site = fitted.sites[0]
             for where in positions:
                 ready, strength, kl = at_equal_kl(model, replace(fitted, positions=where), meter, target_kl)
                 with ready.on(model):

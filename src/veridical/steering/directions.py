@@ -99,18 +99,12 @@ def fit_vector(
     pairs.labels(label)
     names = _sites(model, method, sites, probe, sae)
     fitted, validation = parted(pairs, seed, whole=together or len(names) == 1)
-    rows = shown(model, fitted, label)
-    used = fitted.filter(rows)
+    used = fitted.filter(shown(model, fitted, label))
     read = tokens if tokens is not None else _usual_tokens(used)
     found = _fitted(
         model, used, method, names, read, label, towards, probe, sae, feature, batch_tokens, progress
     )
-    facts = {
-        "model": str(model.path), "model_fingerprint": model.fingerprint(), "data": pairs.name,
-        "data_fingerprint": pairs.fingerprint, "rows": int(rows.sum()), "rows_given": len(fitted),
-        "pairs": len(np.unique(used.groups)), "tokens": str(read), "label": label, "towards": towards,
-        "seed": seed,
-    }  # fmt: skip
+    facts = _facts(model, used, pairs, read, label, towards, seed) | {"rows_given": len(fitted)}
     made = [replace(one, positions=positions, facts={**facts, **one.facts}) for one in found]
     if len(made) == 1:
         return made[0]
@@ -119,6 +113,50 @@ def fit_vector(
     if validation is None:
         raise DataError(f"{pairs.name} has no rows left to choose a site on; name one site")
     return chosen(model, made, validation, label, towards, target_kl, texts, seed)
+
+
+def vectors_at(
+    model: HookedModel,
+    shown_pairs: Pairs,
+    method: Method,
+    sites: list[str],
+    *,
+    label: str = "label",
+    towards: int = 0,
+    seed: int = 0,
+    batch_tokens: int = 2048,
+    progress: bool | None = None,
+) -> list[SteeringVector]:
+    """A vector for each site, all of one reading; of rows that are known to show the behaviour.
+
+    Args:
+        model: The model.
+        shown_pairs: Rows, all of which are fitted on.
+        method: One that needs no probe and no SAE.
+        sites: Canonical names.
+        label: Column of the two labels.
+        towards: The label that positive strengths go towards.
+        seed: Kept in the facts.
+        batch_tokens: Tokens in one batch.
+        progress: Progress bar.
+    """
+    read = _usual_tokens(shown_pairs)
+    found = _fitted(
+        model, shown_pairs, method, sites, read, label, towards, None, None, None, batch_tokens, progress
+    )
+    facts = _facts(model, shown_pairs, shown_pairs, read, label, towards, seed)
+    facts |= {"rows_given": len(shown_pairs)}
+    return [replace(one, facts={**facts, **one.facts}) for one in found]
+
+
+def _facts(
+    model: HookedModel, used: Pairs, given: Pairs, tokens: str | int, label: str, towards: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "model": str(model.path), "model_fingerprint": model.fingerprint(), "data": given.name,
+        "data_fingerprint": given.fingerprint, "rows": len(used), "pairs": len(np.unique(used.groups)),
+        "tokens": str(tokens), "label": label, "towards": towards, "seed": seed,
+    }  # fmt: skip
 
 
 def parted(pairs: Pairs, seed: int = 0, whole: bool = False) -> tuple[Pairs, Pairs | None]:

@@ -101,6 +101,8 @@ def _with_biases(model: HookedModel, kinds: set[str]) -> Any:
     with torch.no_grad():
         for name in found.missing_keys:
             state[name].zero_()
+    if getattr(root, "generation_config", None) is not None:
+        made.generation_config = copy.deepcopy(root.generation_config)
     return made.eval() if not root.training else made
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pandas as pd
 
 from veridical.saved_result import Saved
@@ -59,6 +60,8 @@ class Proposal(Saved):
             f"{facts['behaviour']}) from a probability of {facts['plain']:.1%} to {best['reached']:.1%} on "
             f"validation pairs{kept}; a random direction of the same length to {best['random']:.1%}."
         ]
+        if best["reached"] == float("-inf"):
+            return ["Nothing that was tried keeps to that KL on neutral text; allow more."]
         if best["reached"] - facts["plain"] < 0.1 or not best["reached"] > best["random"]:
             said.insert(
                 0,
@@ -91,6 +94,7 @@ class Proposal(Saved):
 
     def _others(self) -> list[str]:
         best, frame = self.best, self.to_frame()
+        frame = frame[np.isfinite(frame["reached"])]
         other = frame[frame["method"] != best["method"]].drop_duplicates("method")
         if not len(other):
             return []
@@ -108,7 +112,8 @@ class Proposal(Saved):
             figures.line_with_band(
                 drawn, x, self.sites[name], name=shown, colour=figures.COLOURS[number], dash="dot"
             )
-        top = self.to_frame().drop_duplicates("site").set_index("site")["reached"].reindex(x)
+        kept = self.to_frame()[lambda frame: np.isfinite(frame["reached"])]
+        top = kept.drop_duplicates("site").set_index("site")["reached"].reindex(x)
         figures.line_with_band(
             drawn, x, top, name="steered: probability of what is wanted", colour=figures.COLOURS[len(columns)]
         )

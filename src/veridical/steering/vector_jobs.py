@@ -84,6 +84,12 @@ def evaluate(options: SteerEvalVerb) -> Path:
         )
     out = options.out or Path("runs") / f"steering-{short(str(options.model))}-{short(str(options.data))}"
     model, pairs = _material(options)
+    if "split" not in pairs:
+        log.warning(
+            "%s has no column split: a part of it is drawn to measure on, which vectors and adapters that "
+            "were fitted on it have seen", pairs.name,
+        )  # fmt: skip
+        pairs = pairs.split(seed=options.seed)
     with step("interventions"):
         given = _interventions(options, model, pairs)
     with step(f"measuring {len(given)} interventions at {len(options.seeds)} seeds"):
