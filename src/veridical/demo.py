@@ -44,7 +44,8 @@ it is told.
 So there is a truth against which instruments can be held. This page asks the model what it believes, \
 calls an answer a lie only when the model knew better, and then looks inside: at which layer can one read \
 from the model's activations that it is about to lie? Every figure stands beside what the text alone gives \
-away and beside what shuffled labels give, and is measured on entities that no probe was fitted on. Then it asks where the model decides to lie, and what changed in a copy that was trained to prefer the truth."""
+away and beside what shuffled labels give, and is measured on entities that no probe was fitted on. Then it \
+asks where the model decides to lie, and what changed in a copy that was trained to prefer the truth."""
 PLANTED = """\
 What was planted, beside what was measured without knowing it. An answer counts as known when the model, \
 asked honestly in several wordings, believes the right option firmly. From there: told to lie and answered \
