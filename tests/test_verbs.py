@@ -369,6 +369,8 @@ def test_the_demo_finds_what_was_planted(capsys, tmp_path):
     lying = metrics["sweeps"]["lying"]["best"]
     assert lying["auroc"] >= 0.95
     assert lying["text_auroc"] <= 0.65
+    assert metrics["preference"]["agreement_with_one_model"] >= 0.8
+    assert any("lies" in line or "lie" in line for line in metrics["preference"]["findings"])
     decision = metrics["decision"]
     assert (decision["site"], decision["position"]) == ("blocks.1.hook_resid_pre", 9)
     shares = decision["shares"]

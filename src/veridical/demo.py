@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from veridical.config import BeliefConfig
 from veridical.console import step
+from veridical.demo_compare import comparison_into
 from veridical.demo_decision import decision_into
 from veridical.demo_saes import saes_into
 from veridical.examples import one_of_each, token_section
@@ -43,7 +44,8 @@ it is told.
 So there is a truth against which instruments can be held. This page asks the model what it believes, \
 calls an answer a lie only when the model knew better, and then looks inside: at which layer can one read \
 from the model's activations that it is about to lie? Every figure stands beside what the text alone gives \
-away and beside what shuffled labels give, and is measured on entities that no probe was fitted on."""
+away and beside what shuffled labels give, and is measured on entities that no probe was fitted on. Then it \
+asks where the model decides to lie, and what changed in a copy that was trained to prefer the truth."""
 PLANTED = """\
 What was planted, beside what was measured without knowing it. An answer counts as known when the model, \
 asked honestly in several wordings, believes the right option firmly. From there: told to lie and answered \
@@ -142,14 +144,14 @@ def run_demo(
             view.save(out / "lying-tokens")
 
     decision = decision_into(out, m, pairs, progress)
+    preference = comparison_into(out, m, pairs, progress) if model == "tiny-liar" else {}
     latents = saes_into(out, m, pairs, acts, progress)
     facts = {"verb": "demo", "model": model, "model_fingerprint": m.fingerprint(), "data": honesty}
     facts |= {"data_fingerprint": pairs.fingerprint, "seed": 0}
     write_json(out / "provenance.json", provenance(**facts))
     found = {name: sweep_metrics(sweep) for name, sweep in sweeps.items()}
-    write_json(
-        out / "metrics.json", {"agreement": agreement, "sweeps": found, "decision": decision, "saes": latents}
-    )
+    metrics = {"agreement": agreement, "sweeps": found, "decision": decision, "preference": preference}
+    write_json(out / "metrics.json", {**metrics, "saes": latents})
     page = report(out, out / "report.html", title=TITLE, intro=INTRO)
     log.info("done in %.0f s", time.perf_counter() - start)
     return page

@@ -217,7 +217,7 @@ def peak(which: str) -> int:
     from veridical.adapters import lora_config
     from veridical.steering.representation import gap_left
 
-    module, model = llama(), None
+    module = llama()
     model = vd.load(module, check=False)
     sites = model.resolve(["resid_post.2", "resid_post.3", "resid_post.4", "resid_post.5"])
     rows = [torch.randint(5, 8000, (96,)).tolist() for _ in range(ROWS)]

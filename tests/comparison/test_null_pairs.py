@@ -41,7 +41,7 @@ def changes(duo, asked):
 def asked(liar):
     """Questions under an instruction to lie or not, harmful requests, polite and rude answers; with a probe
     for each label, fitted on the organism."""
-    sets = [some("honesty", 20), some("safe", 60), some("toxic", 60)]
+    sets = [some("honesty", 16), some("safe", 40), some("toxic", 40)]
     made = []
     for data, target in zip(sets, ("instructed_to_lie", "label", "label")):
         tokens = "prompt_last" if target != "label" or data is sets[1] else "last"

@@ -5,6 +5,12 @@ import torch
 from veridical.interventions.graph import Graph
 from veridical.sites import Site
 
+CLEAN, CORRUPT = [[5, 9, 17, 40, 77], [6, 61, 18]], [[5, 19, 27, 140, 7], [6, 65, 118]]
+
+
+def metric(logits):
+    return (logits[:, -1] if logits.dim() == 3 else logits)[:, :40].square().sum(-1)
+
 
 class Slow:
     """Edges of one model between two batches of equal shape, each value found by a full run of its own."""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veridical.interventions import suffix
 from veridical.interventions.bands import bands
 from veridical.interventions.metrics import Metric
-from veridical.interventions.suffix import Engine, Put, Task, Variant
+from veridical.interventions.puts import INPUT, Put, Task, Variant, read
+from veridical.interventions.suffix import Engine
 from veridical.sites import HEAD_KINDS, Site
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Sweep:
                 inside = any(module is part for part in block.modules())
                 if inside and not (module is block and site.name.endswith(":out")):
                     return layer
-        return suffix.INPUT
+        return INPUT
 
     def _in_place(self, site: Site) -> bool:
         """Whether the metric reads within this site's block, so that its patch must be made where it is."""
@@ -275,7 +275,7 @@ class Sweep:
             values = outcomes[item.site, item.head][examples, columns]
             put = Put(None, rows, columns, values)
         else:
-            values = suffix.read(self._compared(item.site)[0], item.site, examples, columns, item.head)
+            values = read(self._compared(item.site)[0], item.site, examples, columns, item.head)
             direct = item.site.kind in STREAM and not self._in_place(item.site)
             put = Put(None if direct else item.site, rows, columns, values, item.head)
         return Task(number, entry, first, chosen, (put,))
