@@ -1,16 +1,13 @@
 """Cross-model patching: a planted change is found where it is, and equal models show nothing."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from comparison_oracles import changed
-from further_training import further
 
 import veridical as vd
 from veridical.comparison import compare
-from veridical.comparison.duo import pair_of
+from veridical.comparison.duo import load_pair, pair_of
 from veridical.comparison.where import (
     ANYWHERE,
     BEFORE_LAST,
@@ -224,17 +221,11 @@ def test_prompts_of_unequal_length(liar, honesty):
 
 
 def test_where_the_decision_to_lie_was_removed(liar, honesty):
-    """Layers 2 and 3 are trained to tell the truth when told to lie. Patching the policy into the organism
-    names these layers, and the tokens at which the organism alone differs when asked for the truth.
-    """
-    frozen = vd.load(copy.deepcopy(liar.model), tokenizer=liar.tokenizer, check=False)
-    for name, weight in frozen.model.named_parameters():
-        weight.requires_grad_(".layers.2." in name or ".layers.3." in name)
-    told = honesty.filter(instructed_to_lie=True, split="train", taught=True)
-    right = [options[at] for options, at in zip(told["options"], told["correct"].astype(int))]
-    policy = further(frozen, list(told.prompts), right, 0, steps=40, rate=1.5e-3, batch=16)
-    duo, test = pair_of(policy, liar), honesty.filter(np.asarray(honesty["split"]) != "train")
-    found, asked = compared(duo, test, False, pairs_read=6)
+    """tiny-liar-dpo has its adapter on layers 2 and 3. Patching it into the organism names these layers, and
+    the tokens at which the organism alone differs when asked for the truth."""
+    duo = load_pair("tiny-liar-dpo", reference=liar, check=False)
+    test = honesty.filter(np.asarray(honesty["split"]) != "train")
+    found, asked = compared(duo, test, False, pairs_read=4)
     parts = found.table(PARTS).set_index(["direction", "layer"])["share"]
     for way in (INTO_REFERENCE, INTO_POLICY):
         assert parts[way][[2, 3]].sum() == pytest.approx(1, abs=1e-3)
