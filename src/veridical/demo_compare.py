@@ -134,7 +134,7 @@ def agreement(
     theirs = dict(zip(zip(alone["layer"], alone["position"]), alone["recovered"]))
     # At the last layer nothing but the last token can have an effect, in either map.
     places = [place for place in theirs if place in ours and place[0] < model.n_layers - 1]
-    both = [[each[place] for place in places] for each in (ours, theirs)]
-    close = float(np.corrcoef(*both)[0, 1]) if len(places) > 2 else float("nan")
+    first_map, second_map = ([float(each[place]) for place in places] for each in (ours, theirs))
+    close = float(np.corrcoef(first_map, second_map)[0, 1]) if len(places) > 2 else float("nan")
     place: Any = found.table("where found").iloc[0]
     return close, float(theirs[int(place["layer"]), str(place["position"])]), sites[0]

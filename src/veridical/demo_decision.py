@@ -158,8 +158,9 @@ def _checked(
         "at random tokens": (found.values[1:] > 0).mean(0),
     }
     rows = []
+    groups: Any = tested.groups
     for name, right in lines.items():
-        resampled = [np.asarray(right, float)[index].mean() for index in bootstrap(tested.groups, 500)]
+        resampled = [np.asarray(right, float)[index].mean() for index in bootstrap(groups, 500)]
         low, high = np.quantile(resampled, [0.025, 0.975])
         rows.append({"run": name, "right": float(np.mean(right)), "low": low, "high": high})
     table = pd.DataFrame(rows).round(3)

@@ -268,7 +268,8 @@ def test_only_what_follows_a_patch_is_run(hooked):
         )
         for layer, block in enumerate(model.architecture.blocks)
     ]
-    from veridical.interventions.suffix import Engine, Put, Task
+    from veridical.interventions.puts import Put, Task
+    from veridical.interventions.suffix import Engine
 
     try:
         inputs = model.batch(CLEAN[:1])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -98,7 +98,7 @@ def _copy(model: HookedModel, how: str) -> HookedModel:
     return made
 
 
-def _matrices(model: HookedModel) -> Iterator[tuple[nn.Module, int]]:
+def _matrices(model: HookedModel) -> Iterator[tuple[Any, int]]:
     """Modules of the layers with a weight matrix, and the axis of their outputs."""
     from transformers.pytorch_utils import Conv1D
 

@@ -193,11 +193,12 @@ class Making:
         self, name: str, shape: tuple[int, ...] | None, units: Units, means: Mapping[str, Tensor] | None
     ) -> Replace:
         shape = shape or ()
-        left, right, centre, flat = as_map(self.directions, math.prod(shape), shape[-1])
+        width = shape[-1] if shape else 0
+        left, right, centre, flat = as_map(self.directions, math.prod(shape), width)
         if flat and units.axis is not None:
             raise InputError(
                 f"the directions lie over all heads of {name} together; give heads= none, or directions of "
-                f"width {shape[-1]}"
+                f"width {width}"
             )
         kept = torch.as_tensor(np.asarray(centre))
         if means is not None:

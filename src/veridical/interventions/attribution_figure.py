@@ -66,7 +66,7 @@ def node_maps(found: Attribution) -> go.Figure:
     )
     for row, (_, axis, names, rows, values) in enumerate(maps, 1):
         heat(figure, values, names, rows, found.unit or found.metric, row=row, count=len(maps))
-        slant = {"tickangle": -45} if axis == "position" else {}
+        slant: dict[str, Any] = {"tickangle": -45} if axis == "position" else {}
         figure.update_xaxes(title_text=axis, type="category", **slant, row=row, col=1)
     title = f"{figures.plain(found.metric, 30)}: mean scores over {len(found)} examples"
     return figures.style(figure, title, height=figure.layout.height, legend=False)

@@ -78,8 +78,8 @@ def material(options: PatchVerb) -> Material:
         from veridical.pairs.prompts import chat
 
         systems = _systems(options)
-        clean, corrupt = ([chat(system, user) for user in options.prompts] for system in systems)
-        return _answered(options, clean, corrupt, None, None, "prompts")
+        sides: Any = ([chat(system, user) for user in options.prompts] for system in systems)
+        return _answered(options, *sides, None, None, "prompts")
     return _of_data(options)
 
 
@@ -135,8 +135,9 @@ def asked_twice(pairs: Pairs, clean: str, corrupt: str) -> Material:
     from veridical.pairs.prompts import chat
 
     users = _users(pairs)
-    sides = ([chat(system, user) for user in users] for system in (clean, corrupt))
-    return Material(*sides, *_of_options(pairs), pairs.name, pairs.groups)
+    sides: Any = [[chat(system, user) for user in users] for system in (clean, corrupt)]
+    answers, wrong = _of_options(pairs)
+    return Material(sides[0], sides[1], answers, wrong, pairs.name, pairs.groups)
 
 
 def _questions(pairs: Pairs, where: Sequence[str]) -> Pairs:

@@ -187,7 +187,7 @@ def with_intervals(
     for name in names:
         ends = [made.pop(end.format(name)) for end in (low, high)]
         said = [f"{a:.3g} to {b:.3g}" if np.isfinite([a, b]).all() else None for a, b in zip(*ends)]
-        behind = made.columns.get_loc(name) + 1
+        behind = list(made.columns).index(name) + 1
         if any(said):
             made.insert(behind, "95 % interval" if len(names) == 1 else f"{name}, 95 %", said)
     return made.round(4)

@@ -193,7 +193,7 @@ def side_by_side(tables: dict[str, pd.DataFrame | None]) -> str:
     """Tables of `behaviour` as one, a column for each model with its interval."""
     made = {name: table for name, table in tables.items() if table is not None}
     first = next(iter(made.values()))
-    shown = first[["behaviour", "n"]].copy()
+    shown: Any = first[["behaviour", "n"]].copy()
     for name, table in made.items():
         shown[name] = [
             f"{line['value']:.3f} ({line['low']:.3f} to {line['high']:.3f})"

@@ -187,7 +187,7 @@ def judged(run: PreferenceRun, judge: Judge) -> PreferenceRun:
             f"the judge gave {scores[:4]} for {len(samples)} answers; expected as many finite numbers"
         )
     samples = samples.assign(**{JUDGE: scores})
-    means = samples.groupby("step")[JUDGE].mean()
+    means: Any = samples.groupby("step")[JUDGE].mean()
     table = run.table.assign(**{JUDGE: run.table["step"].map(means).astype(float)})
     return replace(run, table=table, samples=samples)
 

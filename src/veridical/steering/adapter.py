@@ -93,7 +93,8 @@ class AdapterReport(Saved):
         """The dial: behaviour and neutral KL against strength."""
         from veridical.reporting import figures
 
-        drawn, table = figures.figure(), self.dial
+        drawn = figures.figure()
+        table: Any = self.dial
         for column, name in (
             ("target", str(self.facts["target"])),
             ("kept", str(self.facts["kept"])),

@@ -15,12 +15,12 @@ def card(report: AdapterReport, proof: Mapping[str, Any]) -> str:
     """The card as markdown."""
     facts = report.facts
     table = [
-        LINE.format(row.measure, row.plain, row.adapted, row.change, int(row.n))
-        for row in report.table.itertuples()
+        LINE.format(row["measure"], row["plain"], row["adapted"], row["change"], int(row["n"]))
+        for row in report.table.to_dict("records")
     ]
     dial = [
-        f"| {row.strength:g} | {row.target:.3f} | {row.kept:.3f} | {row.kl:.4f} |"
-        for row in report.dial.itertuples()
+        f"| {row['strength']:g} | {row['target']:.3f} | {row['kept']:.3f} | {row['kl']:.4f} |"
+        for row in report.dial.to_dict("records")
     ]
     right, kl = proof["right"], proof["kl"]
     low, high = facts["range"]

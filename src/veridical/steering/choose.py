@@ -192,7 +192,8 @@ def _likely(table: pd.DataFrame, count: int) -> list[str]:
     """The sites that are read and carry most: by the sum of both, what patches carry counted up to 1."""
     carried = [name for name in table if str(name).startswith("carried")]
     share = table[carried].clip(0, 1).mean(axis=1) if carried else 0
-    order = (table["auroc"] + share).sort_values(ascending=False, kind="stable").index
+    sums: Any = table["auroc"] + share
+    order = sums.sort_values(ascending=False, kind="stable").index
     return table.loc[order[:count], "site"].tolist()
 
 

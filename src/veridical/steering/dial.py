@@ -74,7 +74,7 @@ def monotone_range(table: pd.DataFrame, falls: bool) -> tuple[float, float]:
         table: Of `dial`.
         falls: Whether the behaviour is to fall with strength.
     """
-    ordered = table.sort_values("strength").reset_index(drop=True)
+    ordered: Any = table.sort_values("strength").reset_index(drop=True)
     shows = ordered["target_chance"].to_numpy(float)
     if ordered["kept_chance"].notna().all():
         shows = (shows + 1 - ordered["kept_chance"].to_numpy(float)) / 2

@@ -276,7 +276,7 @@ def _renamed(one: Behaviour, name: str) -> Behaviour:
 
 def _rated(one: Behaviour, rows: np.ndarray | None = None) -> tuple[float, float, float, int]:
     if rows is not None and len(rows) != len(one):
-        return (float("nan"),) * 3 + (0,)
+        return float("nan"), float("nan"), float("nan"), 0
     rate = one.rate(rows)
     return rate.value, rate.low, rate.high, len(one) if rows is None else int(rows.sum())
 

@@ -46,7 +46,7 @@ class Evaluation(Saved):
     def wide(self) -> pd.DataFrame:
         """One line per intervention, one column per measure (means over seeds), best harmonic mean first."""
         frame = self.to_frame()
-        wide = frame.pivot(index="intervention", columns="measure", values="mean")
+        wide: Any = frame.pivot(index="intervention", columns="measure", values="mean")
         order = list(dict.fromkeys(frame["measure"]))
         first = [name for name in (*SCORES, str(self.facts["behaviour"]), KL) if name in order]
         wide = wide[[*first, *(name for name in order if name not in first)]]
@@ -62,7 +62,7 @@ class Evaluation(Saved):
         for column, name in (("intervention", intervention), ("measure", measure)):
             if name not in set(frame[column]):
                 raise unknown(column, name, dict.fromkeys(frame[column]))
-        found = frame[(frame["intervention"] == intervention) & (frame["measure"] == measure)]
+        found: Any = frame[(frame["intervention"] == intervention) & (frame["measure"] == measure)]
         return float(found["mean"].iloc[0])
 
     def findings(self) -> list[str]:
@@ -89,7 +89,8 @@ class Evaluation(Saved):
 
         drawn = figures.figure()
         for number, name in enumerate(dict.fromkeys(self.curve["intervention"])):
-            mine = self.curve[self.curve["intervention"] == name].sort_values("strength")
+            mine: Any = self.curve[self.curve["intervention"] == name]
+            mine = mine.sort_values("strength")
             drawn.add_scatter(
                 x=mine["kl"].tolist(), y=mine["behaviour"].tolist(), mode="lines+markers",
                 name=figures.plain(name, 40),
@@ -109,7 +110,8 @@ class Evaluation(Saved):
         from veridical.reporting import figures
 
         frame = self.to_frame()
-        mine = frame[frame["measure"] == "harmonic mean"].sort_values("mean", kind="stable")
+        mine: Any = frame[frame["measure"] == "harmonic mean"]
+        mine = mine.sort_values("mean", kind="stable")
         drawn = figures.figure()
         drawn.add_bar(
             x=mine["mean"].tolist(), y=[figures.plain(name, 40) for name in mine["intervention"]],

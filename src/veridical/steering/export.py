@@ -96,7 +96,8 @@ def load_adapter(folder: str | Path) -> Adapter:
     for name in expected:
         if not (folder / name).is_file():
             raise DamagedFileError(f"{folder / name} is missing; the folder was cut short")
-    lora = lora_of(LoraConfig.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu"))
+    config: Any = LoraConfig.from_pretrained(str(folder))
+    lora = lora_of(config, load_peft_weights(str(folder), device="cpu"))
     report = AdapterReport.load(folder / REPORT)
     return Adapter(lora, report, Pairs.load(str((folder / DATA).resolve())))
 
@@ -195,7 +196,8 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
             "threads": torch.get_num_threads(), "out": str(Path(scratch) / "out.json"),
         }  # fmt: skip
         found = _run(job, Path(scratch))
-    with added(model.model, adapter.lora, 1.0):
+    lora: Any = adapter.lora
+    with added(model.model, lora, 1.0):
         here = _here(model, questions)
     said = found["answers"]
     moved = float(np.mean([abs(a - b) for a, b in zip(_flat(said["unmerged"]), _flat(said["base"]))]))
@@ -224,7 +226,8 @@ def prove(adapter: Adapter, folder: Path, model: HookedModel) -> dict[str, Any]:
 
 def _write(adapter: Adapter, folder: Path, model: HookedModel) -> None:
     """The files of PEFT, the report and the rows that it is of."""
-    with put_on(model.model, peft_config(adapter.lora), adapter.lora.tensors) as adapted:
+    lora: Any = adapter.lora
+    with put_on(model.model, peft_config(lora), lora.tensors) as adapted:
         adapted.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template
     said = files.read_json(folder / CONFIG)
@@ -232,7 +235,7 @@ def _write(adapter: Adapter, folder: Path, model: HookedModel) -> None:
     adapter.report.save(folder / REPORT)
     if adapter.test is not None:
         adapter.test.save(folder / DATA)
-    _check_written(adapter.lora, folder)
+    _check_written(lora, folder)
 
 
 def _check_written(lora: LoRA, folder: Path) -> None:

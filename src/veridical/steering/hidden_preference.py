@@ -42,16 +42,16 @@ def loss(runner: Runner, items: Sequence[Twin], strength: float, beta: float) ->
             for said in ([item.wanted for item in answered], [item.unwanted for item in answered])
         )
         tail = max(row.answer for row in (*chosen, *rejected))
-        means = [
+        moved, better, worse = (
             _mean(states, [row.answer for row in rows])
             for states, rows in (
                 (runner.states(rejected, tail, strength), rejected),
                 (runner.plain(chosen, tail), chosen),
                 (runner.plain(rejected, tail), rejected),
             )
-        ]
-        mask = torch.ones(len(answered), 1, dtype=torch.bool, device=means[0].device)
-        parts.append(preferred(*means, mask, beta) * len(answered))
+        )
+        mask = torch.ones(len(answered), 1, dtype=torch.bool, device=moved.device)
+        parts.append(preferred(moved, better, worse, mask, beta) * len(answered))
     return torch.stack(parts).sum() / len(items)
 
 

@@ -193,7 +193,7 @@ def _weights(module: nn.Module, lora: LoRA) -> dict[str, tuple[Tensor, bool]]:
     found = {}
     for path in lora.paths:
         try:
-            weight = module.get_submodule(path).weight
+            weight: Any = module.get_submodule(path).weight
         except AttributeError as error:
             raise ModelError(f"the adapter changes {path}, which this model does not have") from error
         shape = lora.delta(path).shape

@@ -98,8 +98,9 @@ def neutral_parts(model: HookedModel, given: Any, seed: int) -> dict[str, Neutra
         )
     order = np.random.default_rng([seed, 3]).permutation(count)
     cuts = np.split(order, [round(0.6 * count), round(0.8 * count)])
-    take = given.select if hasattr(given, "select") else lambda rows: [given[row] for row in rows]
-    found = {part: neutral_texts(model, take(np.sort(rows))) for part, rows in zip(PARTS, cuts)}
+    rows: Any = given
+    take = rows.select if hasattr(rows, "select") else lambda at: [given[row] for row in at]
+    found = {part: neutral_texts(model, take(np.sort(at))) for part, at in zip(PARTS, cuts)}
     return found | {"dial": found["test"]}
 
 

@@ -94,11 +94,11 @@ class Proposal(Saved):
 
     def _others(self) -> list[str]:
         best, frame = self.best, self.to_frame()
-        frame = frame[np.isfinite(frame["reached"])]
-        other = frame[frame["method"] != best["method"]].drop_duplicates("method")
+        other: Any = frame[np.isfinite(frame["reached"]) & (frame["method"] != best["method"])]
+        other = other.drop_duplicates("method")
         if not len(other):
             return []
-        parts = [f"{line.method} {line.reached:.1%}" for line in other.itertuples()]
+        parts = [f"{line['method']} {line['reached']:.1%}" for line in other.to_dict("records")]
         return [f"The best of the other methods, at the same KL: {', '.join(parts)}."]
 
     def figure(self) -> go.Figure:
@@ -112,7 +112,7 @@ class Proposal(Saved):
             figures.line_with_band(
                 drawn, x, self.sites[name], name=shown, colour=figures.COLOURS[number], dash="dot"
             )
-        kept = self.to_frame()[lambda frame: np.isfinite(frame["reached"])]
+        kept: Any = self.to_frame()[lambda frame: np.isfinite(frame["reached"])]
         top = kept.drop_duplicates("site").set_index("site")["reached"].reindex(x)
         figures.line_with_band(
             drawn, x, top, name="steered: probability of what is wanted", colour=figures.COLOURS[len(columns)]

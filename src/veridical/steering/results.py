@@ -167,7 +167,7 @@ def _relative(model: HookedModel, lora: LoRA | ReFT) -> float:
     """Norm of the change over that of the weights that it changes."""
     if isinstance(lora, ReFT):
         return float("nan")
-    weights = [model.model.get_submodule(path).weight for path in lora.paths]
+    weights: list[Any] = [model.model.get_submodule(path).weight for path in lora.paths]
     with torch.no_grad():
         whole = sum((weight.double() ** 2).sum() for weight in weights)
-    return lora.norm() / float(whole) ** 0.5  # type: ignore[arg-type]
+    return lora.norm() / float(whole) ** 0.5

@@ -383,7 +383,8 @@ class _Chosen:
     """Edits at the tokens that positions and gate let through."""
 
     def __init__(self, passes: Passes, positions: Positions, gating: Gating | None) -> None:
-        self.passes, self.positions, self.gating = passes, positions, gating
+        self.passes, self.gating = passes, gating
+        self.positions: Positions = positions
 
     def edit(self, change: Change, reads: bool) -> Change:
         """The edit for a site; `reads` where the gate reads there too, before the edit."""
