@@ -78,8 +78,8 @@ def material(options: PatchVerb) -> Material:
         from veridical.pairs.prompts import chat
 
         systems = _systems(options)
-        sides: Any = ([chat(system, user) for user in options.prompts] for system in systems)
-        return _answered(options, *sides, None, None, "prompts")
+        sides: Any = [[chat(system, user) for user in options.prompts] for system in systems]
+        return _answered(options, sides[0], sides[1], None, None, "prompts")
     return _of_data(options)
 
 
