@@ -81,7 +81,7 @@ def compared(
     duo: Any, pairs: Pairs, progress: bool | None, pairs_read: int = PAIRS
 ) -> tuple[Comparison, Material]:
     """The comparison on some held-out pairs, patched on held-out questions under one lying prompt."""
-    from veridical.comparison.compare import compare
+    from veridical.comparison.comparing import compare
     from veridical.comparison.where import where
     from veridical.comparison.where_rows import Questions
 

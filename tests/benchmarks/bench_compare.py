@@ -35,7 +35,7 @@ import torch
 import transformers
 
 import veridical as vd
-from veridical.comparison.compare import Asked, one_pass
+from veridical.comparison.comparing import Asked, one_pass
 from veridical.comparison.config import CompareConfig
 from veridical.comparison.duo import Duo, pair_of
 from veridical.comparison.resampling import Resampling

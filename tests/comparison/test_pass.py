@@ -10,7 +10,7 @@ from comparison_oracles import direct_cka, rotated
 import veridical as vd
 from tiny_models import make
 from veridical.comparison.cka import CKA, Products
-from veridical.comparison.compare import site_pairs
+from veridical.comparison.comparing import site_pairs
 from veridical.comparison.directions import Directions
 from veridical.comparison.drift import Drift
 from veridical.comparison.duo import pair_of

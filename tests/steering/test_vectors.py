@@ -217,7 +217,7 @@ def test_a_vector_of_a_probe_and_of_a_feature_are_theirs(liar, honesty):
         acts, probe=vd.LogisticProbe(), target="label", bootstrap=20, shuffles=2, progress=False
     )
     probe = sweep.best()
-    found = fit_vector(liar, honesty, method="probe", probe=probe)
+    found = fit_vector(liar, honesty, method="probe", probe=probe, towards=1)
     assert found.sites == ["blocks.2.hook_resid_post"]
     unit = found.vectors[found.sites[0]] / found.norms[found.sites[0]]
     np.testing.assert_allclose(unit, probe.direction_, atol=1e-9)

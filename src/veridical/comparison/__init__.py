@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from veridical.lazy import lazy
 
 if TYPE_CHECKING:
-    from veridical.comparison.compare import compare
+    from veridical.comparison.comparing import compare
     from veridical.comparison.comparison import Comparison
     from veridical.comparison.config import CompareConfig
     from veridical.comparison.duo import Duo, load_pair
@@ -31,7 +31,7 @@ _HOME = {
     "Comparison": "comparison",
     "Duo": "duo",
     "Policies": "policies",
-    "compare": "compare",
+    "compare": "comparing",
     "compare_many": "several",
     "load_pair": "duo",
     "weight_change": "weights",

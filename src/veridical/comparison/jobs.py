@@ -63,7 +63,7 @@ def _refuse(options: CompareVerb) -> None:
 
 
 def _pair(options: CompareVerb) -> Path:
-    from veridical.comparison.compare import compare as measure
+    from veridical.comparison.comparing import compare as measure
     from veridical.comparison.duo import load_pair, pair_of
     from veridical.models import load
     from veridical.probes import load_probe
