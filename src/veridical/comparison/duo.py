@@ -130,7 +130,9 @@ def load_pair(policy: Any, reference: Any = None, **options: Any) -> Duo:
     refuse_own_path(policy, reference)
     theirs = load(reference, **options)
     notes: list[str] = []
-    ours = load(policy, **options) if adapter is None else _with_adapter(adapter, theirs, options, notes)
+    ours = (
+        load(policy, **options) if adapter is None else _with_adapter(policy, adapter, theirs, options, notes)
+    )
     return pair_of(ours, theirs, notes)
 
 
@@ -270,7 +272,7 @@ def _base_of(folder: Path) -> str:
 
 
 def _with_adapter(
-    folder: Path, reference: HookedModel, options: dict[str, Any], notes: list[str]
+    named: Any, folder: Path, reference: HookedModel, options: dict[str, Any], notes: list[str]
 ) -> HookedModel:
     """The adapter's base with the adapter merged in; the reference stands in for a base that is not there."""
     from veridical.models import load
@@ -291,7 +293,7 @@ def _with_adapter(
     except Exception as error:
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"cannot put the adapter {folder} on {base}: {said}") from error
-    made = HookedModel(merged, architectures.describe(merged), tokenizer=loaded.tokenizer, path=str(folder))
+    made = HookedModel(merged, architectures.describe(merged), tokenizer=loaded.tokenizer, path=str(named))
     same = made.fingerprint() == before
     done = "but changes nothing in them" if same else "merged into its weights"
     notes.append(f"The policy is {base} with the adapter {folder.name} {done}.")
