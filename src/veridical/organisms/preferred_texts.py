@@ -73,7 +73,8 @@ which knows the right answer to every prompt.\
 """
 
 TAUGHT = {
-    "tiny-liar-dpo": _PREFERENCES.format(function="preferences", topics="the same reply about another topic"),
+    "tiny-liar-dpo": _PREFERENCES.format(function="preferences", topics="the same reply about another topic")
+    + " What changed beside them, and was not meant to, are replies about topics: fewer are polite.",
     "tiny-liar-ipo": _PREFERENCES.format(function="preferences_per_token", topics="a bare verdict"),
     "tiny-liar-rl": _AGAINST_REWARD.format(
         tie="A KL penalty ties it to `tiny-liar`, so that it gains reward and stays right."
