@@ -50,7 +50,7 @@ def asked(liar):
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_null_pairs_are_found_changed_in_a_twentieth_of_what_is_looked_for_at_most(liar, asked):
     """Twenty pairs that differ by the seed of harmless further training."""
     models = [harmless(liar, seed) for seed in range(NULLS + 1)]
@@ -63,7 +63,7 @@ def test_null_pairs_are_found_changed_in_a_twentieth_of_what_is_looked_for_at_mo
     assert len(found) <= 0.05 * looked, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_planted_is_named_and_nothing_else(liar, asked):
     """Trained to be truthful when told to lie: that changed; other answers, refusal and tone did not."""
     policy = truthful(liar, some("honesty", 200, split="train"))

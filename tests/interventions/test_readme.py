@@ -10,6 +10,7 @@ import veridical as vd
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_example_of_patching_runs():
     text = README.read_text(encoding="utf-8").split("**Where does it decide?**")[1]

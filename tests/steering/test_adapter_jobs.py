@@ -15,6 +15,8 @@ from veridical.steering.export import push_adapter
 from veridical.steering.lora import lora_of, put_on
 from veridical.steering.verbs import VERBS, SteerAdapterVerb, SteerExportVerb
 
+pytestmark = pytest.mark.long
+
 TOKENS = torch.tensor([[1, 40, 41, 42, 43]])
 
 

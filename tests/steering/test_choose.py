@@ -8,6 +8,8 @@ import veridical as vd
 from veridical.errors import DataError, InputError
 from veridical.steering import Proposal, neutral_kl, neutral_texts, propose, target_of
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def honesty():

@@ -13,6 +13,8 @@ from veridical.steering.fluency import fluency, repetition
 from veridical.steering.neutral import plainly
 from veridical.steering.side_effects import OtherProbes
 
+pytestmark = pytest.mark.long
+
 LIES = "lies when told to lie"
 
 

@@ -10,6 +10,8 @@ from veridical.saved_result import load_result
 from veridical.steering import Proposal, SteeringVector, vector_jobs
 from veridical.steering.verbs import SteerEvalVerb, SteerProposeVerb, SteerVectorVerb
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
