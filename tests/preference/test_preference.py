@@ -314,7 +314,7 @@ def test_bad_data_ends_in_one_clear_line(load, said):
     [
         ("dpq", {}, InputError, "nearest: dpo"),
         ("dpo", {"beta": 0.0}, ConfigError, "needs a beta above 0"),
-        ("rl", {"sft_weight": 1.0, "reward": "tiny-liar"}, ConfigError, "goes with dpo and ipo"),
+        ("rl", {"sft_weight": 1.0, "reward": "tiny-liar"}, ConfigError, "rl does not read it"),
         ("dpo", {"steps": 5}, ConfigError, "no multiple of checkpoints"),
         ("dpo", {"lora_layers": (1,)}, ConfigError, "need a lora_rank"),
         ("dpo", {"lora_rank": 2, "lora_modules": ("q_prj",)}, InputError, "nearest: q_proj"),

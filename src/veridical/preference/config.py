@@ -156,11 +156,12 @@ def first_losses(
 
 
 UNREAD: dict[Method, tuple[str, ...]] = {
-    "sft": ("beta", "generations"),
-    "reward": ("beta", "generations"),
+    "sft": ("beta", "generations", "sft_weight"),
+    "reward": ("beta", "generations", "sft_weight"),
     "dpo": ("generations",),
     "ipo": ("generations",),
-    "distil": ("beta", "generations"),
+    "rl": ("sft_weight",),
+    "distil": ("beta", "generations", "sft_weight"),
 }
 """Options of `PreferConfig` that a method does not read; a value for one is refused, not ignored."""
 
@@ -173,8 +174,6 @@ def checked(config: PreferConfig, method: Method) -> PreferConfig:
     """
     if method in ("dpo", "ipo") and config.beta <= 0:
         raise ConfigError(f"beta = {config.beta}: {method} needs a beta above 0")
-    if config.sft_weight and method not in ("dpo", "ipo"):
-        raise ConfigError(f"sft_weight = {config.sft_weight}: {method} has none; it goes with dpo and ipo")
     if method == "rl" and config.batch % config.generations:
         raise ConfigError(
             f"batch = {config.batch} is no multiple of generations = {config.generations}; "

@@ -60,6 +60,8 @@ class PreferSFTVerb(Preferring):
 
     beta: Suppress[NotNegative] = 0.1
     """Not read here."""
+    sft_weight: Suppress[NotNegative] = 0.0
+    """Not read here."""
     generations: Suppress[Generations] = 4
     """Not read here."""
 
@@ -74,6 +76,8 @@ class PreferRewardVerb(Preferring):
     """
 
     beta: Suppress[NotNegative] = 0.1
+    """Not read here."""
+    sft_weight: Suppress[NotNegative] = 0.0
     """Not read here."""
     generations: Suppress[Generations] = 4
     """Not read here."""
@@ -133,6 +137,8 @@ class PreferRLVerb(Preferring):
     where there are checkpoints enough, and a check for reward hacking.
     """
 
+    sft_weight: Suppress[NotNegative] = 0.0
+    """Not read here."""
     beta: NotNegative = 0.05
     """Weight of the KL penalty."""
     learning_rate: Positive = 1e-5
@@ -159,6 +165,8 @@ class PreferDistilVerb(DistilConfig, Preferring):
     student: str | None = None
     """Model that the student begins as; made of the teacher (--layers, --init) when not given."""
     beta: Suppress[NotNegative] = 0.1
+    """Not read here."""
+    sft_weight: Suppress[NotNegative] = 0.0
     """Not read here."""
     generations: Suppress[Generations] = 4
     """Not read here."""
