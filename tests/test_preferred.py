@@ -274,10 +274,12 @@ def test_preferences_hold_no_held_out_entity_act_or_wording_in_training():
 
 
 def test_the_judge_knows_right_from_wrong():
-    judge, rows = preferred_data.Judge(), preferred_data.preferences().rows
-    asked = [row.prompt for row in rows]
-    assert judge(asked, [row.chosen for row in rows]).all()
-    assert not judge(asked, [row.rejected for row in rows]).any()
-    assert not judge(asked, [""] * len(rows)).any()
+    judge, drawn = preferred_data.Judge(), preferred_data.rows()
+    asked = [row.prompt for _, row in drawn]
+    assert judge(asked, [row.chosen for _, row in drawn]).all()
+    assert not judge(asked, [""] * len(drawn)).any()
+    # A reply about a topic counts by its template, whatever topic it names.
+    others = [row for kind, row in drawn if kind != preferred_data.TOPIC]
+    assert not judge([row.prompt for row in others], [row.rejected for row in others]).any()
     with pytest.raises(DataError, match="knows the prompts of its preferences only"):
         judge([[{"role": "user", "content": "Who are you?"}]], ["Nobody."])
