@@ -219,6 +219,11 @@ def _score(reward: Any) -> Any:
     return load_reward(reward).score
 
 
+def _called(reward: Any) -> str:
+    """What a reward is called in the record of a run: the same in every process."""
+    return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", reward))
+
+
 def _asked(
     method: Method, config: PreferConfig, begin: Start, rows: Preferences, reward: Any
 ) -> dict[str, Any]:
@@ -230,7 +235,7 @@ def _asked(
         "model_fingerprint": fingerprint(begin.load()),
         "data": rows.name,
         "data_fingerprint": rows.fingerprint,
-        "reward": None if reward is None else str(getattr(reward, "name", reward)),
+        "reward": None if reward is None else _called(reward),
         "options": lasting,
     }
 
