@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,9 @@ def merged(base: nn.Module, folder: str | Path) -> nn.Module:
     config.inference_mode = True
     config.base_model_name_or_path = None  # PEFT would warn that the base lies elsewhere now
     try:
-        adapted = get_peft_model(base, config)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers will drop
+            adapted = get_peft_model(base, config)  # type: ignore[arg-type]
     except ValueError as error:
         raise ModelError(f"the adapter in {folder} does not fit its base: {_line(error)}") from error
     try:
