@@ -357,7 +357,7 @@ def test_demo_runs_from_a_folder_of_stand_ins(monkeypatch, llama, tmp_path, caps
     assert again.read_text() == text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not (ROOT / "data" / "tiny-liar").is_dir(), reason="needs the embedded organism")
 def test_the_demo_finds_what_was_planted(capsys, tmp_path):
     torch.set_num_threads(2)
